@@ -1,0 +1,75 @@
+"""Where text comes from and in which proportions, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SourceFormat = Literal["auto", "text", "jsonl", "parquet", "hf", "python_docs", "python_qa"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of documents (`text`) or conversations (`messages`)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: str
+    path: str = ""
+    """File, folder or glob; `$POCKETFORGE_DATA/...` is expanded. A Hugging Face id for format `hf`; empty for embedded text."""
+    format: SourceFormat = "auto"
+    """`auto` goes by the file's ending. `python_docs` and `python_qa` are found in the installed Python."""
+    weight: float = 1.0
+    """Share of the sequences; normalised over the sources of a stage."""
+    subset: str = ""
+    """Configuration name of a Hugging Face data set."""
+    split: str = "train"
+    text_field: str = "text"
+    template: str = ""
+    """Optional `str.format` template over a row's fields, used in place of `text_field` (e.g. "{question}\\n{solution}")."""
+    max_bytes: int | None = None
+    """Read at most this much text (UTF-8 bytes), in file order after a seeded choice of documents; None reads all."""
+    max_passes: float = 50.0
+    """Refuse a plan that repeats the source more often than this."""
+    license: str = ""
+    gated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """A held-out set: documents (bits per byte) or conversations (loss on assistant tokens)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: str
+    kind: Literal["text", "chat"] = "text"
+    sources: tuple[str, ...] = ()
+    """Names of training sources. Their held-out part (chosen by a hash of the document, never trained on) is scored."""
+    max_documents: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A byte-level BPE trained on the first stage's sources, or any `tokenizer.json`."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    path: str = ""
+    """An existing tokenizer.json (or a folder with one); empty trains a new one."""
+    vocab_size: int = 4096
+    train_bytes: int = 8_000_000
+    """Text read to train it, in UTF-8 bytes, drawn from the sources by weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What one stage reads."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    sources: tuple[SourceConfig, ...]
+    kind: Literal["text", "chat"] = "text"
+    packing: Literal["best_fit", "concat"] = "best_fit"
+    """`best_fit` keeps documents whole where they fit; `concat` cuts the concatenation (parity with MobileLLM-R1)."""
+    held_out_fraction: float = 0.01
+    """Share of each source's documents kept out of training, by a hash of the document."""

@@ -1,0 +1,124 @@
+"""What a stage does, as data. `launch/config.py` puts these into a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_pipeline.config import DataConfig, HeldOutConfig
+from quant.spec import QuantSpec
+
+StageName = Literal["pretrain", "midtrain", "sft", "qat"]
+STAGES: tuple[StageName, ...] = ("pretrain", "midtrain", "sft", "qat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    lr: float
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """Length of the final decay of `wsd`, in steps."""
+    min_lr_ratio: float = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices, not to norm weights."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Forward KL to a teacher's logits, mixed with cross entropy."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    teacher: str
+    """`init` for the model the stage starts from (self-distillation), else a run, checkpoint or Hugging Face folder."""
+    weight: float = 1.0
+    """Loss = weight * KL + (1 - weight) * cross entropy."""
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One of the four stages."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    data: DataConfig
+    optim: OptimConfig
+    steps: int
+    seq_len: int
+    """Tokens a row."""
+    global_batch: int
+    """Rows an optimizer step, over all workers."""
+    micro_batch: int = 0
+    """Rows a forward pass on one worker; 0 takes all of the worker's rows at once."""
+    rope_theta: float | None = None
+    """Replaces the model's RoPE base from this stage on (context extension)."""
+    max_positions: int | None = None
+    distill: DistillConfig | None = None
+    quant: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seq_len", "global_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What all stages of a run share."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    steps: int | None = None
+    """When given, every stage of this command takes this many optimizer steps."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    seed: int = 0
+    held_out: tuple[HeldOutConfig, ...] = ()
+    """Scored before and after every stage."""
+    eval_every: int = 0
+    """Also score the held-out sets every so many steps; 0 does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a finished model is spread over workers."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    replicate: int = 1
+    """HSDP: groups that hold whole copies; the other workers shard within a group."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute type of weights and activations; master weights, gradients' sum and optimizer stay fp32."""
+    activation_checkpointing: Literal["none", "block"] = "none"
+    compile: bool = False
+    reshard_after_forward: bool = True
+    library: Literal["torch", "torchtitan"] = "torch"
+    """Who builds the mesh and clips the gradient: torch itself, or torchtitan's functions for the same."""
+    timeout_seconds: float = 300.0
+    """How long a collective waits for a lost worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When model, optimizer, loader position and RNG are saved."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    every: int = 0
+    """Steps between checkpoints; 0 saves at the end of a stage only."""
+    keep: int = 2
+    """Newest committed checkpoints kept in a stage."""
+    asynchronous: bool = True
