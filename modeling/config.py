@@ -7,7 +7,7 @@ the module; `tests/modeling/test_config.py` holds these sums to the built module
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 AttentionKind = Literal["full", "window", "skip"]
@@ -60,3 +60,67 @@ class ModelConfig:
                 f"model.attention names {len(self.attention)} layers but model.num_layers={self.num_layers}; "
                 "give one kind a layer, or none for full attention everywhere"
             )
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """The attention kind of every stored block."""
+        return self.attention or ("full",) * self.num_layers
+
+    @property
+    def num_executed_layers(self) -> int:
+        return self.num_layers * self.block_repeat
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def num_params(self) -> int:
+        """Stored parameters; a tied head and a repeated block count once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return embeddings + self.hidden_size + sum(self._block_params(kind) for kind in self.attention_kinds)
+
+    def num_active_params(self) -> int:
+        """Parameters that take part in one token. Equal to `num_params` for a dense model."""
+        return self.num_params()
+
+    def _attention_matrices(self) -> int:
+        return 2 * self.hidden_size * (self.query_size + self.kv_size)
+
+    def _block_params(self, kind: AttentionKind) -> int:
+        attention = 0 if kind == "skip" else self._attention_matrices() + self.hidden_size
+        return attention + 3 * self.hidden_size * self.ffn_size + self.hidden_size
+
+    def flops_per_token(self, context: int = 0, *, training: bool = False) -> int:
+        """Floating-point operations (2 a multiply-add) of one token's forward pass; three times that in training.
+
+        `context` tokens are attended to (a window layer sees at most its window), itself included; norms, RoPE and
+        softmax are not counted, nor is the embedding's look-up.
+        """
+        matmuls = self.hidden_size * self.vocab_size
+        scores = 0
+        for kind in self.attention_kinds:
+            matmuls += self.block_repeat * 3 * self.hidden_size * self.ffn_size
+            if kind != "skip":
+                seen = context if kind == "full" else min(context, self.window)
+                matmuls += self.block_repeat * self._attention_matrices()
+                scores += self.block_repeat * 2 * self.query_size * seen
+        return 2 * (matmuls + scores) * (3 if training else 1)
+
+    def weight_bytes(self, bits: float = 16, group_size: int | None = None, *, scale_bits: int = 16) -> int:
+        """Size of the weights: matrices at `bits` with one scale a group, norms in fp32 where the matrices are integers."""
+        norms = self.hidden_size * (1 + sum(1 if kind == "skip" else 2 for kind in self.attention_kinds))
+        matrices = self.num_params() - norms
+        scales = 0 if group_size is None else math.ceil(matrices / group_size) * scale_bits
+        norm_bits = bits if group_size is None else 32
+        return math.ceil((matrices * bits + scales + norms * norm_bits) / 8)
+
+    def kv_bytes(self, tokens: int, bits: float = 16) -> int:
+        """Size of the key/value cache after `tokens`; each pass of a repeated block has its own slots."""
+        kept = sum(
+            tokens if kind == "full" else min(tokens, self.window) for kind in self.attention_kinds if kind != "skip"
+        )
+        return math.ceil(2 * self.block_repeat * kept * self.kv_size * bits / 8)

@@ -1,0 +1,42 @@
+# One environment at the root, made from a bare Python 3.11+; every target sets up what it needs and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# uv knows nothing of pip's settings; a local wheel folder given to pip is given to uv as well.
+FIND_LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
+UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) --constraint constraints.txt
+
+.PHONY: quickstart test lint types setup setup-dev clean
+.DEFAULT_GOAL := quickstart
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is $$($(PYTHON) -V), Pocketforge needs 3.11 or newer; make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+
+$(VENV)/.ready: $(BIN)/uv pyproject.toml constraints.txt
+	$(UV_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(UV_INSTALL) --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready
+setup-dev: $(VENV)/.ready-dev
+
+quickstart: setup
+	$(BIN)/python launch/recipe.py --recipe quickstart --output-dir runs/quickstart --resume
+
+lint: setup-dev
+	$(BIN)/ruff check .
+
+types: setup-dev
+	$(BIN)/mypy
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,265 @@
+"""The recipe: a typed, frozen tree that says everything about a run, its TOML form, and dotted overrides.
+
+Validation is pydantic's over the plain dataclasses of each folder, so an unknown key or a wrong type is found before
+anything starts. The order is: recipe function or file -> dictionary -> overrides -> validated `Recipe`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.config import HeldOutConfig, SourceConfig, TokenizerConfig
+from modeling.config import ModelConfig
+from stages.config import STAGES, CheckpointConfig, ParallelConfig, StageConfig, StageName, TrainConfig
+from stages.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Where the workers run."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    runner: Literal["auto", "ray", "local"] = "auto"
+    """`ray` uses Ray Train; `local` this process (or torchrun's); `auto` is local for one worker outside a Ray job."""
+    workers: int = 1
+    """Training processes over all nodes."""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    threads_per_worker: int = 0
+    """Threads of one worker's tensor operations; 0 takes cpus_per_worker under Ray and torch's default alone."""
+    nodes: int = 0
+    """Spread the workers evenly over exactly this many nodes; 0 leaves the placement to Ray."""
+    max_failures: int = 2
+    """How often a lost worker group is started again from its last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is scored when the last stage is done."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    tasks: tuple[str, ...] = ()
+    """Task names (read from the data folder) or paths. A named task that the data folder lacks is left out, and said."""
+    limit: int | None = None
+    """Items a task; None takes all."""
+    prompts: tuple[str, ...] = ()
+    """Continued by every stage's model for the report."""
+    max_new_tokens: int = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "pocketforge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything about a run."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: str
+    model: ModelConfig
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    pretrain: StageConfig | None = None
+    midtrain: StageConfig | None = None
+    sft: StageConfig | None = None
+    qat: StageConfig | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        known = {source.name for source in self.sources()}
+        for held_out in self.train.held_out:
+            if missing := [name for name in held_out.sources if name not in known]:
+                raise ValueError(
+                    f"train.held_out {held_out.name!r} names the source {missing[0]!r}; the stages have {sorted(known)}"
+                )
+        if self.launch.workers < 1:
+            raise ValueError(f"launch.workers={self.launch.workers} must be at least 1")
+        if self.launch.nodes and self.launch.workers % self.launch.nodes:
+            raise ValueError(f"launch.workers={self.launch.workers} does not spread evenly over "
+                             f"launch.nodes={self.launch.nodes}; use a multiple")
+        for name, stage in self.stages().items():
+            if stage.global_batch % self.launch.workers:
+                raise ValueError(f"{name}.global_batch={stage.global_batch} does not divide over "
+                                 f"launch.workers={self.launch.workers}; use a multiple")
+
+    def stages(self) -> dict[StageName, StageConfig]:
+        """The stages that this recipe has, in order."""
+        return {name: getattr(self, name) for name in STAGES if getattr(self, name) is not None}
+
+    def sources(self) -> list[SourceConfig]:
+        return [source for stage in self.stages().values() for source in stage.data.sources]
+
+    def held_out_sources(self, held_out: HeldOutConfig) -> tuple[SourceConfig, ...]:
+        """The training sources a held-out set is cut from, each once."""
+        found = {source.name: source for source in reversed(self.sources())}
+        return tuple(found[name] for name in held_out.sources)
+
+    def hash(self) -> str:
+        """Twelve hex digits over everything that a result depends on."""
+        text = json.dumps(to_dict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def _adapter() -> TypeAdapter[Recipe]:
+    return TypeAdapter(Recipe)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain dictionaries, lists and scalars; None is left out (TOML has none)."""
+    return _plain(dataclasses.asdict(recipe))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def from_dict(values: Mapping[str, Any], where: str) -> Recipe:
+    """Validate; the first thing wrong becomes one line that starts with `where`."""
+    try:
+        return _adapter().validate_python(values)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    # An unknown key explains more than what follows from it, so it is told first.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
+    problem = problems[0]
+    path = ".".join(str(part) for part in problem["loc"] if part != "function-after")
+    match problem["type"]:
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return f"unknown key {path!r}{_suggest(path)}"
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return f"{path} is missing; give it a value"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case _:
+            return f"{path}={problem['input']!r}: {problem['msg']}"
+
+
+def _suggest(path: str) -> str:
+    known = known_keys()
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    siblings = [key for key in known if key.rpartition(".")[0] == path.rpartition(".")[0]]
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; expected one of {', '.join(siblings)}" if siblings else ""
+
+
+@cache
+def known_keys() -> list[str]:
+    """Every dotted key of a recipe, lists excepted."""
+
+    def walk(kind: type, prefix: str) -> list[str]:
+        keys = []
+        hints = _hints(kind)
+        for item in dataclasses.fields(kind):
+            inner = next((t for t in _alternatives(hints[item.name]) if dataclasses.is_dataclass(t)), None)
+            keys += walk(inner, f"{prefix}{item.name}.") if isinstance(inner, type) else [f"{prefix}{item.name}"]
+        return keys
+
+    return walk(Recipe, "")
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(kind)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    import types
+    import typing
+
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def apply_overrides(values: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Set dotted keys. A value is read as TOML where it is TOML (numbers, true, lists), else as text; `none` unsets."""
+    result = json.loads(json.dumps(values))
+    for key, text in overrides.items():
+        *parents, last = key.replace("-", "_").split(".")
+        node: Any = result
+        for depth, part in enumerate(parents):
+            index = int(part) if isinstance(node, list) and part.isdigit() and int(part) < len(node) else part
+            if isinstance(node, dict):
+                node = node.setdefault(part, {})
+            elif isinstance(node, list) and isinstance(index, int):
+                node = node[index]
+            else:
+                raise InputError(f"--{key}: {'.'.join(parents[:depth])} has no part {part!r}")
+        if not isinstance(node, dict):
+            raise InputError(f"--{key}: {'.'.join(parents)} is a value, not a group of keys; drop .{last}")
+        if text.lower() == "none":
+            node.pop(last, None)
+        else:
+            node[last] = _parse(text)
+    return result
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def load_recipe(name_or_file: str, overrides: Mapping[str, str]) -> Recipe:
+    """A recipe by name (`launch/recipes/`) or from a TOML file, with overrides."""
+    from launch.recipes import RECIPES
+
+    path = Path(name_or_file)
+    if name_or_file in RECIPES:
+        values, where = to_dict(RECIPES[name_or_file]()), f"recipe {name_or_file}"
+    elif path.suffix == ".toml" or path.is_file():
+        values, where = read_toml(path), str(path)
+        from_dict(values, where)  # a fault of the file is named as the file's, before overrides
+    else:
+        close = difflib.get_close_matches(name_or_file, RECIPES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "`python launch/list.py` names them all"
+        raise InputError(f"no recipe named {name_or_file!r} and no such file; {hint}")
+    return from_dict(apply_overrides(values, overrides), "override" if overrides else where)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a recipe in TOML") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not TOML ({error})") from None
+
+
+def save_toml(recipe: Recipe, path: Path) -> None:
+    path.write_text(tomli_w.dumps(to_dict(recipe)), encoding="utf-8")

@@ -1,0 +1,53 @@
+"""Score a model: perplexity (word_perplexity, bits_per_byte) on text, acc and acc_norm on multiple choice.
+
+M is a run directory, a checkpoint or a Hugging Face folder. A task is a name (arc_easy, wikitext2 ...), read from
+--data-dir, or a path to a text file or JSON Lines.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
+
+from launch.cli import Parser, run  # noqa: E402
+
+
+def main() -> None:
+    parser = Parser(__doc__, recipe=False)
+    parser.add_argument("--model", metavar="M", type=Path, required=True)
+    parser.add_argument("--tasks", metavar="T1,T2", required=True)
+    parser.add_argument("--limit", type=int, metavar="N", help="items (or documents) a task")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $POCKETFORGE_DATA, else data/")
+    parser.add_argument("--output", type=Path, metavar="F.json", required=True)
+    options, _ = parser.parse()
+    from launch.tasks import resolve_tasks
+
+    tasks = resolve_tasks([name for name in options.tasks.split(",") if name], folder=options.data_dir)
+    evaluate(options.model, tasks, options.limit, options.output)
+
+
+def evaluate(model, tasks, limit, output) -> None:  # type: ignore[no-untyped-def]
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from launch.rundir import write_json
+    from launch.tasks import score_task
+    from stages.loading import load_model
+
+    loaded = load_model(model)
+    bar = track(tasks, description="scoring", console=Console(stderr=True), disable=not sys.stderr.isatty())
+    results = {task.key: score_task(loaded, task, limit=limit) for task in bar}
+    write_json(output, results)
+    table = Table("task", "metric", "value", "n")
+    for key, scores in results.items():
+        for metric, value in scores.items():
+            if metric != "n":
+                table.add_row(key, metric, f"{value:.4f}", str(scores["n"]))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(main)

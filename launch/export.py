@@ -1,0 +1,59 @@
+"""Convert a checkpoint: `--to hf` writes a folder that `transformers` loads (other forms come with the runtime).
+
+With --recipe NAME --random-weights the untrained model of that shape is exported instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
+
+from launch.cli import Parser, run  # noqa: E402
+from stages.errors import InputError  # noqa: E402
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    for action in parser._actions:
+        action.required = False  # --recipe goes with --random-weights only
+    parser.add_argument("--checkpoint", type=Path, metavar="C", help="a run directory or checkpoint")
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--to", choices=["hf", "packed", "gguf", "executorch"], required=True)
+    parser.add_argument("--output", type=Path, metavar="P", required=True)
+    parser.add_argument("--layout", choices=["llama", "mobilellm", "llama4"], help="default: the plainest that can hold it")
+    options, overrides = parser.parse()
+    if options.to != "hf":
+        raise InputError(f"--to {options.to} is not there yet; this version writes --to hf")
+    if options.output.exists():
+        raise InputError(f"--output {options.output} exists; name another, nothing is overwritten")
+    if (options.checkpoint is None) == (options.recipe is None):
+        raise InputError("give either --checkpoint C, or --recipe NAME --random-weights")
+    if options.checkpoint is not None:
+        from stages.checkpoint import resolve
+        from stages.export import export_hf
+
+        export_hf(resolve(options.checkpoint), options.output, layout=options.layout)
+    else:
+        _export_random(options, overrides)
+    sys.stderr.write(f"wrote {options.output}\n")
+
+
+def _export_random(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if not options.random_weights:
+        raise InputError("--recipe has no weights; add --random-weights for an untrained model, or give --checkpoint")
+    from launch.config import load_recipe
+    from modeling.decoder import Decoder
+    from modeling.hf_convert import save_hf
+    from modeling.init import init_weights
+
+    recipe = load_recipe(options.recipe, overrides)
+    model = Decoder(recipe.model)
+    init_weights(model, recipe.train.seed)
+    save_hf(options.output, recipe.model, model.state_dict(), layout=options.layout)
+
+
+if __name__ == "__main__":
+    run(main)

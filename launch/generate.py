@@ -1,0 +1,52 @@
+"""Continue a prompt, streamed to standard output. M is a run directory, a checkpoint or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
+
+from launch.cli import Parser, run  # noqa: E402
+from stages.errors import InputError  # noqa: E402
+
+
+def main() -> None:
+    parser = Parser(__doc__, recipe=False)
+    parser.add_argument("--model", metavar="M", type=Path, required=True)
+    parser.add_argument("--prompt", metavar="TEXT", required=True)
+    parser.add_argument("--chat", action="store_true", help="ask the prompt as a user; the assistant answers")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options, _ = parser.parse()
+    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise InputError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
+    from data_pipeline.chat import render_prompt
+    from modeling.generate import generate
+    from stages.loading import load_model
+
+    loaded = load_model(options.model)
+    tokenizer = loaded.tokenizer
+    if options.chat:
+        ids = render_prompt(tokenizer, [{"role": "user", "content": options.prompt}])
+    else:
+        ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(options.prompt)]
+    stop = [token for token in (tokenizer.eos_id, tokenizer.eot_id) if token is not None]
+    tokens = generate(loaded.model, ids, options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
+                      seed=options.seed, stop_ids=stop)
+    produced: list[int] = []
+    shown = ""
+    for token in tokens:
+        produced.append(token)
+        text = tokenizer.decode(produced)
+        if not text.endswith("\ufffd"):  # a character may still lack bytes
+            sys.stdout.write(text[len(shown):])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write(tokenizer.decode(produced)[len(shown):] + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,14 @@
+"""Quantization-aware training: the fine-tuned model learns to live with few bits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
+
+from launch.cli import run  # noqa: E402
+from launch.commands import stage_command  # noqa: E402
+
+if __name__ == "__main__":
+    run(lambda: stage_command("qat", __doc__))

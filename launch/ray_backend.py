@@ -1,0 +1,53 @@
+"""How a Ray Train worker group learns its rendezvous, without torch in the driver or the controller.
+
+Ray's own `TorchConfig` imports torch wherever it is unpickled: in the driver, in the controller, in every helper
+actor. This backend only hands out the environment variables that `torch.distributed` reads (`env://`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train.backend import Backend, BackendConfig
+
+
+@dataclass
+class GroupConfig(BackendConfig):
+    """Ray Train's handle on `_GroupBackend`."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _GroupBackend
+
+
+class _GroupBackend(Backend):
+    share_cuda_visible_devices = True  # NCCL's peer access wants all GPUs of a node in sight
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, _free_address)
+        worker_group.execute(_export_rendezvous, address, port)
+
+
+def _free_address() -> tuple[str, int]:
+    import ray
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+
+def _export_rendezvous(address: str, port: int) -> None:
+    import ray.train
+
+    context = ray.train.get_context()
+    os.environ.update(
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+        RANK=str(context.get_world_rank()),
+        WORLD_SIZE=str(context.get_world_size()),
+        LOCAL_RANK=str(context.get_local_rank()),
+        LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
+    )

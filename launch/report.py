@@ -1,0 +1,170 @@
+"""report.html: one page, complete in itself, that says what a run did.
+
+Everything on it is computed from the files of the run directory; what is missing is said. The page fetches nothing
+(a content policy forbids it), and text from the run, such as what the model generated, is escaped.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from launch.report_data import Numbers, RunRecord, read_run
+from launch.report_plots import loss_chart, run_chart
+from launch.report_verdicts import four_comparisons
+from stages.config import STAGES, StageConfig, StageName
+
+TITLES: dict[str, str] = {"pretrain": "Pre-training", "midtrain": "Mid-training", "sft": "SFT", "qat": "QAT"}
+_SHOWN_METRICS = {"bits_per_byte": "bits per byte", "loss": "loss"}
+_TEMPLATE = Path(__file__).with_name("report_template.html.j2")
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run directory, whole or not at all, and return its path.
+
+    Raises InputError where `run_dir` is not a folder.
+    """
+    page = render(read_run(run_dir))
+    target = run_dir / "report.html"
+    beside = run_dir / ".report.html.part"
+    beside.write_text(page, encoding="utf-8", errors="replace")
+    beside.replace(target)
+    return target
+
+
+def render(run: RunRecord) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"count": _count, "number": _number, "duration": _duration, "visible": _visible}
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    stages = list(run.stages.values())
+    return template.render(
+        run=run,
+        titles=TITLES,
+        facts=_headline(run),
+        comparisons=four_comparisons(run),
+        losses=[(TITLES[stage.name], _objective(run, stage.name), loss_chart(stage)) for stage in stages],
+        curves=[
+            ("Learning rate", run_chart(stages, "lr", "learning rate")),
+            ("Throughput", run_chart(stages, "tokens_per_second", "tokens per second")),
+            ("Gradient norm before clipping", run_chart(stages, "grad_norm", "gradient norm", log=True)),
+        ],
+        not_run=_not_run(run),
+        stage_rows=_stage_rows(run),
+        evaluation=_evaluation_rows(run),
+        task_metrics=sorted({key for row in run.tasks.values() for key in row if key != "n"}),
+        samples=_samples_by_prompt(run),
+        lineage=[(stage.name, stage.lineage) for stage in stages if stage.lineage],
+    )
+
+
+def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
+    """(label, value, detail) of the facts under the title; only those that are known."""
+    facts = []
+    if run.model is not None:
+        model = run.model
+        detail = f"{_count(model.num_active_params())} active a token"
+        facts.append(("Parameters", _count(model.num_params()), detail))
+        repeat = f" \N{MULTIPLICATION SIGN} {model.block_repeat}" if model.block_repeat > 1 else ""
+        facts.append(("Shape", f"{model.num_layers}{repeat} layers, width {model.hidden_size}",
+                      f"{model.num_heads} heads, {model.num_kv_heads} key/value, feed-forward {model.ffn_size}, "
+                      f"vocabulary {model.vocab_size:,}"))  # fmt: skip
+    rows = _stage_rows(run)
+    if rows:
+        tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
+        facts.append(("Tokens trained on", _count(tokens), f"{sum(row['steps'] for row in rows):,.0f} optimizer steps"))
+        facts.append(("Time in training steps", _duration(seconds),
+                      f"{_count(tokens / seconds)} tokens per second on average" if seconds else ""))  # fmt: skip
+    if run.recipe is not None:
+        launch, parallel = run.recipe.launch, run.recipe.parallel
+        facts.append(("Workers", str(launch.workers), f"{parallel.precision}, FSDP over {launch.workers}"
+                      if launch.workers > 1 else parallel.precision))  # fmt: skip
+    return facts
+
+
+def _stage_rows(run: RunRecord) -> list[dict[str, Any]]:
+    """Size and speed of each stage that logged steps. Tokens are those of the stage alone."""
+    rows = []
+    for name, stage in run.stages.items():
+        if stage.metrics:
+            config: StageConfig | None = getattr(run.recipe, name, None)
+            seconds = stage.training_seconds
+            tokens = stage.metrics[-1].get("tokens", 0.0)
+            rows.append({"name": name, "steps": stage.metrics[-1]["step"], "tokens": tokens, "seconds": seconds,
+                         "rate": tokens / seconds if seconds else None, "wait": stage.data_wait_share,
+                         "seq_len": config.seq_len if config else None,
+                         "global_batch": config.global_batch if config else None})  # fmt: skip
+    return rows
+
+
+def _objective(run: RunRecord, name: StageName) -> str:
+    config: StageConfig | None = getattr(run.recipe, name, None)
+    if config is None:
+        return ""
+    what = "nats per assistant token" if config.data.kind == "chat" else "nats per token"
+    if config.distill is None:
+        return f"cross entropy, {what}"
+    weight = config.distill.weight
+    return "KL to the teacher, " + what if weight == 1 else f"{weight:g} KL to the teacher + {1 - weight:g} cross entropy"
+
+
+def _not_run(run: RunRecord) -> list[str]:
+    """Stages of the recipe that logged nothing here."""
+    planned = list(run.recipe.stages()) if run.recipe else list(run.stages)
+    return [name for name in planned if name not in run.stages or not run.stages[name].metrics]
+
+
+def _evaluation_rows(run: RunRecord) -> list[dict[str, Any]]:
+    """One row a held-out set and metric; its cells are (before, after) of every stage, None where not scored."""
+    names = dict.fromkeys(name for stage in run.stages.values() for name in (*stage.before, *stage.after))
+
+    def cell(table: dict[str, Numbers], name: str, metric: str) -> float | None:
+        return table.get(name, {}).get(metric)
+
+    rows = []
+    for name in names:
+        for metric, label in _SHOWN_METRICS.items():
+            cells = [(cell(stage.before, name, metric), cell(stage.after, name, metric)) for stage in run.stages.values()]
+            if any(value is not None for pair in cells for value in pair):
+                rows.append({"name": name, "metric": label, "cells": cells})
+    return rows
+
+
+def _samples_by_prompt(run: RunRecord) -> dict[str, list[dict[str, str]]]:
+    """Prompts in the order of the file, each with its stages in the order of training."""
+    order: dict[str, int] = {name: place for place, name in enumerate(STAGES)}
+    grouped: dict[str, list[dict[str, str]]] = {}
+    for sample in sorted(run.samples, key=lambda sample: order.get(sample["stage"], len(order))):
+        grouped.setdefault(sample["prompt"], []).append(sample)
+    return {prompt: grouped[prompt] for prompt in dict.fromkeys(sample["prompt"] for sample in run.samples)}
+
+
+def _count(value: float) -> str:
+    """1,234 below ten thousand, then 12.3 k, 4.56 M, 7.89 B."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            scaled = value / (1e3 if suffix == "k" else size)
+            return f"{scaled:.4g} {suffix}" if scaled >= 100 else f"{scaled:.3g} {suffix}"
+    return f"{value:,.0f}"
+
+
+def _number(value: float | None) -> str:
+    """Four decimals for measurements of order one, fewer for large ones; a dash where there is none."""
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _visible(text: str) -> str:
+    """Control characters, which a page may not carry or may be reordered by, as the replacement character."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text)

@@ -1,0 +1,76 @@
+"""The run directory: made once, resumed or refused, never overwritten."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from launch.config import Recipe, from_dict, read_toml, save_toml, to_dict
+from stages.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# What may differ between a run and its resumption: none of it changes what a step computes.
+FREE = ("launch", "checkpoint", "tracking", "evaluation", "train.log_every", "train.steps", "train.eval_every",
+        "parallel.timeout_seconds")
+
+
+@contextmanager
+def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Iterator[Path]:
+    """Hold `directory` for this run. Raises InputError where another run, or another process, has it."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--output-dir {directory} is a file; name a folder")
+    saved = directory / "recipe.toml"
+    if saved.is_file():
+        if not resume:
+            raise InputError(f"{directory} already holds a run; add --resume to go on with it, or name another --output-dir")
+        if change := first_difference(from_dict(read_toml(saved), str(saved)), recipe):
+            raise InputError(f"{directory} holds a run of another recipe ({change}); "
+                             "resume it with its own recipe.toml, or name another --output-dir")
+    elif directory.is_dir() and any(directory.iterdir()) and not _only_ours(directory):
+        raise InputError(f"{directory} is not empty and holds no run (no recipe.toml); name another --output-dir")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {directory} cannot be made ({error.strerror}); name a folder you may write") from None
+    try:
+        with FileLock(directory / ".lock", timeout=0):
+            save_toml(recipe, saved)
+            yield directory
+    except Timeout:
+        raise InputError(f"{directory} is in use by another process; wait for it, or name another --output-dir") from None
+
+
+def _only_ours(directory: Path) -> bool:
+    return all(entry.name in {".lock", "data"} for entry in directory.iterdir())
+
+
+def first_difference(before: Recipe, after: Recipe) -> str | None:
+    """The first key that makes the two runs different, as `key: before -> after`, or None."""
+
+    def flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from flatten(item, f"{prefix}.{key}" if prefix else key)
+        else:
+            yield prefix, value
+
+    old, new = dict(flatten(to_dict(before), "")), dict(flatten(to_dict(after), ""))
+    for key in dict.fromkeys([*old, *new]):
+        if not any(key == free or key.startswith(free + ".") for free in FREE) and old.get(key) != new.get(key):
+            return f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
+    return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all: written beside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)

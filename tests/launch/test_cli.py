@@ -1,0 +1,114 @@
+"""Arguments, exit statuses and error lines of the commands, as a user meets them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cli import Parser
+from launch.rundir import first_difference, open_run
+from launch.config import load_recipe
+from launch.runner import choose_runner
+from stages.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ["recipe", "pretrain", "midtrain", "sft", "qat", "evaluate", "export", "generate", "list"]
+
+
+def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, tmp_path: Path) -> None:
+    done = command(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("pretrain", ["--recipe", "smoke", "--train.stepz", "20"], "train.steps"),
+        ("pretrain", ["--recipe", "nothing"], "list.py"),
+        ("pretrain", ["--recipe", "smoke", "stray"], "stray"),
+        ("pretrain", ["--recipe", "smoke", "--train.steps"], "no value"),
+        ("pretrain", [], "--recipe"),
+        ("sft", ["--recipe", "smoke"], "--init-from"),
+        ("recipe", ["--recipe", "smoke", "--stages", "pretrain,polish"], "polish"),
+        ("export", ["--to", "gguf", "--output", "x", "--checkpoint", "y"], "gguf"),
+        ("evaluate", ["--model", "none", "--tasks", "arc_eazy", "--output", "o.json"], "arc_eazy"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(name: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = command(name, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert words in lines[0]
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_overrides_take_both_spellings_and_both_forms() -> None:
+    parser = Parser("x")
+    _, overrides = parser.parse(["--recipe", "smoke", "--train.steps", "20", "--train.log-every=1"])
+    assert overrides == {"train.steps": "20", "train.log-every": "1"}
+
+
+def test_a_used_run_directory_is_refused_and_resumed_only_with_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe("smoke", {})
+    with open_run(recipe, tmp_path / "run", resume=False):
+        pass
+    with pytest.raises(InputError, match="--resume"), open_run(recipe, tmp_path / "run", resume=False):
+        pass
+    with open_run(recipe, tmp_path / "run", resume=True):
+        pass
+    other = load_recipe("smoke", {"pretrain.optim.lr": "0.5"})
+    with pytest.raises(InputError, match=r"pretrain\.optim\.lr"), open_run(other, tmp_path / "run", resume=True):
+        pass
+
+
+def test_a_run_directory_held_by_another_process_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe("smoke", {})
+    with open_run(recipe, tmp_path / "run", resume=False):
+        code = (
+            "import sys; from pathlib import Path; from launch.config import load_recipe; from launch.rundir import open_run\n"
+            f"with open_run(load_recipe('smoke', {{}}), Path({str(tmp_path / 'run')!r}), resume=True): pass"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "is in use by another process" in done.stderr
+
+
+def test_a_folder_of_something_else_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="not empty"), open_run(load_recipe("smoke", {}), tmp_path, resume=False):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_more_workers_or_another_log_interval_is_the_same_run() -> None:
+    before = load_recipe("smoke", {})
+    assert first_difference(before, load_recipe("smoke", {"launch.workers": "2", "train.log_every": "9"})) is None
+    assert "train.seed" in str(first_difference(before, load_recipe("smoke", {"train.seed": "9"})))
+
+
+def test_the_runner_follows_the_recipe_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    one, two = load_recipe("smoke", {}).launch, load_recipe("smoke", {"launch.workers": "2"}).launch
+    assert (choose_runner(one), choose_runner(two)) == ("local", "ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert choose_runner(one) == "ray"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_runner(two) == "local"
+    with pytest.raises(InputError, match="torchrun started 2"):
+        choose_runner(one)
