@@ -16,17 +16,19 @@ class SourceConfig:
 
     name: str
     path: str = ""
-    """File, folder or glob; `$POCKETFORGE_DATA/...` is expanded. A Hugging Face id for format `hf`; empty for embedded text."""
+    """File, folder or glob; `$POCKETFORGE_DATA/...` is expanded. Hugging Face id for `hf`; empty for embedded text."""
     format: SourceFormat = "auto"
     """`auto` goes by the file's ending. `python_docs` and `python_qa` are found in the installed Python."""
     weight: float = 1.0
     """Share of the sequences; normalised over the sources of a stage."""
     subset: str = ""
-    """Configuration name of a Hugging Face data set."""
+    """Configuration of a Hugging Face data set. For `python_docs`: `code`, `prose` (documentation), empty for both."""
+    revision: str = ""
+    """Branch, tag or commit of a Hugging Face data set; empty takes its newest."""
     split: str = "train"
     text_field: str = "text"
     template: str = ""
-    """Optional `str.format` template over a row's fields, used in place of `text_field` (e.g. "{question}\\n{solution}")."""
+    """`str.format` template over a row's fields, used in place of `text_field` (e.g. "{question}\\n{solution}")."""
     max_bytes: int | None = None
     """Read at most this much text (UTF-8 bytes), in file order after a seeded choice of documents; None reads all."""
     max_passes: float = 50.0
