@@ -108,7 +108,7 @@ def _objective(run: RunRecord, name: StageName) -> str:
     if config.distill is None:
         return f"cross entropy, {what}"
     weight = config.distill.weight
-    return "KL to the teacher, " + what if weight == 1 else f"{weight:g} KL to the teacher + {1 - weight:g} cross entropy"
+    return f"KL to the teacher, {what}" if weight == 1 else f"{weight:g} KL + {1 - weight:g} cross entropy, {what}"
 
 
 def _not_run(run: RunRecord) -> list[str]:
@@ -125,9 +125,10 @@ def _evaluation_rows(run: RunRecord) -> list[dict[str, Any]]:
         return table.get(name, {}).get(metric)
 
     rows = []
+    stages = run.stages.values()
     for name in names:
         for metric, label in _SHOWN_METRICS.items():
-            cells = [(cell(stage.before, name, metric), cell(stage.after, name, metric)) for stage in run.stages.values()]
+            cells = [(cell(stage.before, name, metric), cell(stage.after, name, metric)) for stage in stages]
             if any(value is not None for pair in cells for value in pair):
                 rows.append({"name": name, "metric": label, "cells": cells})
     return rows
@@ -161,8 +162,8 @@ def _number(value: float | None) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _visible(text: str) -> str:

@@ -131,8 +131,10 @@ def _read_model(path: Path, notes: list[str]) -> ModelConfig | None:
     values = _read_json(path, notes)
     if not isinstance(values, dict):
         return None
-    names = {item.name for item in dataclasses.fields(ModelConfig)}
-    known = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in names}
+    fields = {item.name for item in dataclasses.fields(ModelConfig)}
+    known: dict[str, Any] = {key: value for key, value in values.items() if key in fields}
+    if isinstance(known.get("attention"), list):
+        known["attention"] = tuple(known["attention"])
     try:
         return ModelConfig(**known)
     except (TypeError, ValueError) as error:

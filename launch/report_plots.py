@@ -1,4 +1,4 @@
-"""The report's line charts: small SVG figures whose colours are CSS variables, so that one figure serves light and dark.
+"""The report's line charts: small SVG figures whose colours are CSS variables, so that one serves light and dark.
 
 Matplotlib writes hexadecimal colours; stand-in values are drawn and then replaced by `var(--name)`.
 """
@@ -11,8 +11,12 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from launch.report_data import StageRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Stand-in colour -> the page's CSS variable. The values mean nothing; they only have to be distinct.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -20,7 +24,7 @@ _STAGE_COLOURS = {"pretrain": "#040404", "midtrain": "#050505", "sft": "#060606"
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {
     colour: f"--{stage}" for stage, colour in _STAGE_COLOURS.items()
 }
-_WIDTH_INCHES, _HEIGHT_INCHES = 5.6, 3.0  # 403 x 216 points: text stays legible at the width of a phone
+_WIDE, _NARROW = (5.2, 2.8), (4.4, 2.7)  # inches of 72 points: near the width on a phone, so that text stays legible
 _MAX_POINTS = 600
 
 
@@ -56,18 +60,27 @@ def run_chart(stages: Sequence[StageRecord], key: str, y_label: str, *, log: boo
             offset += x[-1]
     if not lines:
         return None
-    return draw(lines, x_label="optimizer step, all stages", y_label=y_label, rules=starts[1:], log=log)
+    return draw(lines, x_label="optimizer step, all stages", y_label=y_label, size=_NARROW, rules=starts[1:], log=log)
 
 
-def draw(lines: Sequence[Line], *, x_label: str, y_label: str, rules: Sequence[float] = (), log: bool = False) -> str:
+def draw(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    size: tuple[float, float] = _WIDE,
+    rules: Sequence[float] = (),
+    log: bool = False,
+) -> str:
     """An `<svg>` element without size, ids of its own, or anything fetched from elsewhere."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": f"{y_label}{lines[0].stage}", "font.size": 11.5,
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": f"{y_label}{lines[0].stage}", "font.size": 11,
              "text.parse_math": False, "axes.unicode_minus": True}  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         for rule in rules:
             axes.axvline(rule, color=_GRID, linewidth=1, linestyle=(0, (3, 3)))
@@ -77,8 +90,11 @@ def draw(lines: Sequence[Line], *, x_label: str, y_label: str, rules: Sequence[f
                       alpha=0.35 if line.faint else 1, marker=marker, markersize=4, solid_capstyle="round")  # fmt: skip
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         elif min(min(line.y) for line in lines) >= 0 and y_label != "loss":
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(max(line.y) for line in lines) or 1)
         _dress(axes, x_label, y_label)
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -86,7 +102,7 @@ def draw(lines: Sequence[Line], *, x_label: str, y_label: str, rules: Sequence[f
     return _for_page(buffer.getvalue(), y_label)
 
 
-def _dress(axes, x_label: str, y_label: str) -> None:  # type: ignore[no-untyped-def]
+def _dress(axes: Axes, x_label: str, y_label: str) -> None:
     """Only what helps reading: a quiet grid, few ticks, no frame."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 

@@ -3,8 +3,8 @@
 1. Pre-training lowers bits per byte on held-out text of the pre-training sources.
 2. Mid-training lowers it again on its domain: the sources whose share of the mixture grew.
 3. SFT lowers the loss on the assistant tokens of held-out conversations.
-4. QAT ends closer to the SFT model's loss on those than round-to-nearest of the same SFT model does. Round-to-nearest is
-   what QAT starts from, so it is the QAT stage's `before`.
+4. QAT ends closer to the SFT model's loss on those than round-to-nearest of the same SFT model does. QAT starts from
+   round-to-nearest, so that is the QAT stage's `before`.
 
 A comparison over several held-out sets held only if it held on each of them.
 """
