@@ -27,7 +27,8 @@ _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2t
             "encodings", "ensurepip", "pydoc_data", "idle_test"}  # fmt: skip
 _BUILT_IN = ("builtins", "math", "cmath", "itertools", "time", "sys", "gc", "array", "zlib", "errno", "unicodedata",
              "_collections", "_functools", "_operator", "_io", "_struct", "_random", "_heapq", "_bisect")  # fmt: skip
-_LEAST_ANSWER, _MOST_ANSWER = 40, 700
+_LEAST_ANSWER, _MOST_ANSWER = 20, 700
+"""Characters: shorter documentation says nothing, longer is cut after a paragraph."""
 
 _QUESTIONS = (
     "What does the Python {kind} `{name}` do?",
@@ -104,7 +105,7 @@ def _modules() -> tuple[tuple[str, str, tuple[Entry, ...]], ...]:
             continue  # the library ships a few files that are deliberately not UTF-8 or not valid Python
         found.append((module, text, tuple(_entries(module, tree))))
     for module in _BUILT_IN:
-        found.append((module.lstrip("_"), "", tuple(_built_in_entries(module))))
+        found.append((module, "", tuple(_built_in_entries(module))))
     return tuple(found)
 
 

@@ -4,13 +4,16 @@ A piece (begin, length) stands for the inputs token[begin : begin + length] and 
 document. A document of n tokens has n - 1 predictions, and each is in exactly one piece.
 
 `best_fit` (Ding et al. 2024, arXiv 2404.10830) cuts a document into pieces of at most a row and puts each remainder
-into the fullest row that still has room; `concat` cuts the concatenation of all documents. In both a row never attends, nor
-predicts, over a document's border. Conversations are packed by best fit without being cut (`pack_chats`).
+into the fullest row that still has room; `concat` cuts the concatenation of all documents. In both a row never
+attends, nor predicts, over a document's border. Conversations are packed by best fit without being cut (`pack_chats`).
 """
 
 from __future__ import annotations
 
+import os
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -45,6 +48,33 @@ class PackIndex:
     def padding(self) -> float:
         """Share of the positions that hold no token."""
         return 1.0 - self.predictions / (self.rows * self.seq_len)
+
+
+def save_index(index: PackIndex, file: Path) -> None:
+    """Write an index as `.npz`, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}.npz")
+    try:
+        counts = np.array([index.seq_len, index.dropped, index.cut])
+        np.savez(temporary, counts=counts, first=index.first, begin=index.begin, length=index.length)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written ({error.strerror}); check the space and rights there") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_index(file: Path, tokens: int) -> PackIndex:
+    """Read what `save_index` wrote for a shard of `tokens` tokens. The archive's checksums find any change."""
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            seq_len, dropped, cut = found["counts"].tolist()
+            index = PackIndex(seq_len, found["first"], found["begin"], found["length"], dropped, cut)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{file}: damaged ({error}); delete it and it is made again") from error
+    if len(index.begin) and int((index.begin + index.length).max()) >= tokens:
+        raise DataError(f"{file}: points behind the end of its shard; delete it and it is made again")
+    return index
 
 
 def _spans(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

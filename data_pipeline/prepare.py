@@ -22,7 +22,7 @@ from data_pipeline.chat import layout_name, render_batch
 from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
 from data_pipeline.errors import DataError
 from data_pipeline.mixture import Mixture
-from data_pipeline.packing import PackIndex, pack, pack_chats
+from data_pipeline.packing import PackIndex, load_index, pack, pack_chats, save_index
 from data_pipeline.shards import Shard, ShardCounts, open_shard, write_shard
 from data_pipeline.sources import Document, choose, read_documents
 from data_pipeline.tokenizer import Tokenizer
@@ -166,24 +166,32 @@ def _prepare_source(
     key = _key({"source": source_key(source, data, seed), "tokenizer": tokenizer.fingerprint})
     folder = cache_dir / "shards"
     path = folder / key
-    with _locked(folder, key):
-        if not path.is_dir():
-            started = time.perf_counter()
-            _write(path, source, data, tokenizer, seed)
-            logger.info("tokenised %s in %.1f s", source.name, time.perf_counter() - started)
+    index_file = cache_dir / "packs" / f"{key}-{seq_len}-{data.packing}.npz"
+    if not (path.is_dir() and index_file.is_file()):
+        with _locked(folder, key):
+            if not path.is_dir():
+                started = time.perf_counter()
+                _write(path, source, data, tokenizer, seed)
+                logger.info("tokenised %s in %.1f s", source.name, time.perf_counter() - started)
+            if not index_file.is_file():
+                save_index(_pack(source, open_shard(path), seq_len, data.packing), index_file)
     shard = open_shard(path)
-    if shard.mask is not None:
-        index = pack_chats(shard.ends, shard.mask_bits(0, shard.meta.tokens), seq_len)
-    else:
-        index = pack(shard.ends, seq_len, data.packing)
-    if index.rows == 0:
-        raise DataError(f"source {source.name}: no document has two tokens; expected text to predict; give more data")
+    index = load_index(index_file, shard.meta.tokens)
     if index.dropped or index.cut or shard.meta.dropped:
         logger.info(
             "source %s: %d conversations cut at a turn, %d dropped as too long, %d without anything to learn",
             source.name, index.cut, index.dropped, shard.meta.dropped,
         )  # fmt: skip
     return PreparedSource(source, shard, index)
+
+
+def _pack(source: SourceConfig, shard: Shard, seq_len: int, mode: str) -> PackIndex:
+    if shard.mask is not None:
+        return pack_chats(shard.ends, shard.mask_bits(0, shard.meta.tokens), seq_len)
+    index = pack(shard.ends, seq_len, mode)
+    if index.rows == 0:
+        raise DataError(f"source {source.name}: no document has two tokens; expected text to predict; give more data")
+    return index
 
 
 def _write(path: Path, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, seed: int) -> None:

@@ -109,7 +109,9 @@ def write_shard(
             np.packbits(np.concatenate(masks), bitorder="little").tofile(temporary / "loss.mask")
             names.append("loss.mask")
         hashes = {name: _sha256(temporary / name) for name in names}
-        meta = ShardMeta(source, tokenizer, vocab_size, dtype, total, len(sizes), counts.text_bytes, counts.dropped, hashes)
+        meta = ShardMeta(
+            source, tokenizer, vocab_size, dtype, total, len(sizes), counts.text_bytes, counts.dropped, hashes
+        )
         (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=1), "utf-8")
         os.rename(temporary, path)
     except OSError as error:

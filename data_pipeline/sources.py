@@ -76,7 +76,8 @@ def read_documents(
 def choose(documents: Iterable[Document], max_bytes: int, seed: int) -> list[Document]:
     """A seeded random choice of documents of at most `max_bytes` of text together, in their order.
 
-    One pass, about `max_bytes` of text in memory: the documents with the smallest keyed hashes stay. A first document that alone is too long is cut, so that the answer is empty only for an empty source.
+    One pass, about `max_bytes` of text in memory: the documents with the smallest keyed hashes stay. A text that alone
+    is too long is cut, so that the answer is empty only for an empty source.
     """
     salt = seed.to_bytes(8, "little", signed=True)
     heap: list[tuple[int, int, int, Document]] = []
@@ -138,7 +139,7 @@ def _split(documents: Iterator[Document], part: Part, fraction: float) -> Iterat
             if part == "train":
                 yield from lowest
             lowest, lowest_key = [document], key
-    if found and part == "train" or not several and not found and part == "train":
+    if part == "train" and (found or not several):
         yield from lowest
     elif not found and several and part == "held_out":
         yield from lowest

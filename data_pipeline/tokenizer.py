@@ -54,6 +54,8 @@ class Tokenizer:
         fallback = self.eos_id if self.eos_id is not None else 0
         # Padding never carries a loss, so any id in the vocabulary serves where there is no token for it.
         self.pad_id: int = ids["pad"] if ids["pad"] is not None else fallback
+        # One more than the largest id, so that every id fits an embedding of this size.
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
         self.fingerprint: str = hashlib.sha256(self._json.encode()).hexdigest()
 
     def _find(self, names: Sequence[str], declared: str | None) -> int | None:
@@ -112,11 +114,6 @@ class Tokenizer:
             single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, backend.token_to_id(BOS))]
         )
         return cls(backend)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id, so that every id fits an embedding of this size."""
-        return max(self._backend.get_vocab().values()) + 1
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text, None where the vocabulary has none."""
