@@ -1,0 +1,110 @@
+"""A spec on a model: `prepare` for training (fake quantization), `convert` for export (integers and scales).
+
+Prepared layers are the same modules with the same parameters: only their class changes. State-dict names, optimizer
+state, sharding and tying are those of the plain model, so one checkpoint serves both.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.layers import Embedding, Linear
+from quant.methods import WEIGHT_METHODS
+from quant.methods.minmax import fake_quantize_activations
+from quant.primitives import QuantError, check_groups, dequantize, group_scales, quantize
+from quant.spec import QuantSpec
+
+
+class FakeQuantLinear(Linear):
+    """A linear whose weight and input are rounded to their integer grids, with straight-through gradients."""
+
+    quant: QuantSpec
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self.head_operands(x)
+        return F.linear(x, weight)
+
+    def head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounded input and weight: what a loss over an untied head multiplies."""
+        return fake_quantize_activations(hidden, self.quant), WEIGHT_METHODS[self.quant.method](self.weight, self.quant)
+
+
+class FakeQuantEmbedding(Embedding):
+    """An embedding on its integer grid. A tied head multiplies the same rounded table by rounded activations."""
+
+    quant: QuantSpec
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # Rows are quantized on their own, so rounding those that were looked up gives the rounded table's rows.
+        return WEIGHT_METHODS[self.quant.method](F.embedding(ids, self.weight), self.quant)
+
+    def head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return fake_quantize_activations(hidden, self.quant), WEIGHT_METHODS[self.quant.method](self.weight, self.quant)
+
+
+def prepare(model: nn.Module, spec: QuantSpec) -> nn.Module:
+    """Make every linear (and the embedding, where the spec says so) of `model` quantization-aware, in place.
+
+    Call it before sharding and compiling; on a meta-device model it works too. Preparing again with the same spec
+    changes nothing.
+
+    Raises:
+        QuantError: a row that the group size does not divide, a model prepared otherwise, or one without linears.
+    """
+    wanted = (Linear, Embedding) if spec.embedding else (Linear,)
+    targets = {name: module for name, module in model.named_modules() if isinstance(module, wanted)}
+    if not any(isinstance(module, Linear) for module in targets.values()):
+        raise QuantError("the model has no linear to quantize; expected one made of modeling.layers.Linear")
+    for name, module in targets.items():
+        check_groups(name, module.weight.shape[-1], spec)
+        if getattr(module, "quant", spec) != spec:
+            raise QuantError(f"{name} is prepared with {module.quant}; start from the plain model to use {spec}")
+    for module in targets.values():
+        # The class changes, the object stays: parameters, hooks and references from elsewhere are untouched.
+        module.__class__ = FakeQuantLinear if isinstance(module, Linear) else FakeQuantEmbedding
+        module.quant = spec
+    return model
+
+
+def quantized_weights(model: nn.Module) -> dict[str, QuantSpec]:
+    """State-dict name of every weight that `prepare` made quantization-aware, with its spec."""
+    return {
+        f"{name}.weight": cast(QuantSpec, module.quant)
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding)
+    }
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Integers of a prepared model: name -> (int8 codes [rows, in], fp16 scales [rows, in / group_size]).
+
+    Raises:
+        QuantError: the model is not prepared, or a weight is NaN or infinite.
+    """
+    specs = quantized_weights(model)
+    if not specs:
+        raise QuantError("the model is not prepared for quantization; call prepare(model, spec) first")
+    converted = {}
+    for name, spec in specs.items():
+        weight = model.get_parameter(name)
+        if not bool(torch.isfinite(weight).all()):
+            raise QuantError(f"{name} holds NaN or infinite weights, which have no codes; use an earlier checkpoint")
+        scales = group_scales(weight, spec)
+        converted[name] = (quantize(weight, scales, spec), scales)
+    return converted
+
+
+def bake(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of a prepared model with the quantized weights on their grid, in fp32, and the rest as it is.
+
+    A plain model with these weights computes what the prepared one does but for the rounding of activations. The
+    grid's scales cannot be found again from these values (the largest code need not be reached): keep `convert`'s.
+    """
+    specs = quantized_weights(model)
+    grid = {name: dequantize(codes, scales, specs[name]) for name, (codes, scales) in convert(model).items()}
+    return {name: grid.get(name, value.detach()) for name, value in model.state_dict().items()}

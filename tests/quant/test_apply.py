@@ -1,0 +1,180 @@
+"""A spec on a model: same parameters, exact grid, straight-through gradients, sharding and compiling."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modeling.layers import Embedding, Linear
+from quant.apply import FakeQuantEmbedding, FakeQuantLinear, bake, convert, prepare, quantized_weights
+from quant.methods.minmax import fake_quantize_activations, fake_quantize_weight
+from quant.primitives import QuantError, dequantize, round_activations, round_to_grid
+from quant.spec import QuantSpec
+from torch import nn
+
+SPEC = QuantSpec(group_size=16)
+WEIGHTS_ONLY = replace(SPEC, activation_bits=16)
+
+
+class Tiny(nn.Module):
+    """An embedding, two linears, a norm, and the table again as head: what a tied decoder is made of."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.embed = Embedding(20, 32)
+        self.up, self.down = Linear(32, 64), Linear(64, 32)
+        self.norm = nn.RMSNorm(32)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in (self.embed.weight, self.up.weight, self.down.weight):
+            parameter.data.normal_(std=0.3, generator=generator)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        hidden = self.norm(hidden + self.down(F.silu(self.up(hidden))))
+        x, weight = self.embed.head_operands(hidden)
+        return x @ weight.T
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def test_preparing_keeps_parameters_names_and_modules() -> None:
+    model = Tiny()
+    names, parameters, modules = list(model.state_dict()), dict(model.named_parameters()), list(model.modules())
+    prepare(model, SPEC)
+    assert list(model.state_dict()) == names
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(new is old for new, old in zip(model.modules(), modules, strict=True))
+    assert isinstance(model.up, FakeQuantLinear) and isinstance(model.embed, FakeQuantEmbedding)
+    assert type(model.norm) is nn.RMSNorm
+
+
+def test_the_prepared_model_computes_with_the_converted_integers_exactly() -> None:
+    for seed in range(20):
+        model = prepare(Tiny(seed), WEIGHTS_ONLY)
+        plain = Tiny()
+        converted = convert(model)
+        assert set(converted) == {"embed.weight", "up.weight", "down.weight"}
+        plain.load_state_dict(
+            {name: dequantize(codes, scales, SPEC) for name, (codes, scales) in converted.items()}
+            | {"norm.weight": model.norm.weight.detach()}
+        )
+        assert torch.equal(plain(IDS), model(IDS))
+
+
+def test_the_baked_state_is_the_converted_one_and_loads_into_a_plain_model() -> None:
+    model = prepare(Tiny(), WEIGHTS_ONLY)
+    state = bake(model)
+    codes, scales = convert(model)["up.weight"]
+    assert torch.equal(state["up.weight"], dequantize(codes, scales, SPEC))
+    assert all(len(group.unique()) <= 16 for group in state["down.weight"].view(-1, 16))
+    plain = Tiny(1)
+    plain.load_state_dict(state)
+    assert torch.equal(plain(IDS), model(IDS))
+
+
+def test_activations_are_rounded_before_every_linear_and_the_tied_head() -> None:
+    model = prepare(Tiny(), SPEC)
+    weight = round_to_grid(model.up.weight, SPEC)
+    x = torch.randn(3, 32)
+    assert torch.equal(model.up(x), F.linear(round_activations(x), weight))
+    hidden, table = model.embed.head_operands(x)
+    assert torch.equal(hidden, round_activations(x))
+    assert torch.equal(table, round_to_grid(model.embed.weight, SPEC))
+    assert torch.equal(model.embed(IDS), table[IDS])
+
+
+def test_gradients_pass_straight_through_also_at_the_clamped_end() -> None:
+    weight = torch.randn(4, 32, requires_grad=True)
+    given = torch.randn(4, 32)
+    fake_quantize_weight(weight, SPEC).backward(given)
+    assert torch.equal(weight.grad, given)
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    fake_quantize_activations(x, SPEC).backward(torch.ones_like(x))
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_a_linear_sends_the_gradient_of_its_rounded_operands() -> None:
+    model = prepare(Tiny(), SPEC)
+    x = torch.randn(5, 32, requires_grad=True)
+    given = torch.randn(5, 64)
+    model.up(x).backward(given)
+    torch.testing.assert_close(model.up.weight.grad, given.T @ round_activations(x))
+    torch.testing.assert_close(x.grad, given @ round_to_grid(model.up.weight, SPEC))
+
+
+def test_an_embedding_may_be_left_alone() -> None:
+    model = prepare(Tiny(), replace(SPEC, embedding=False))
+    assert type(model.embed) is Embedding
+    assert set(quantized_weights(model)) == {"up.weight", "down.weight"}
+
+
+def test_preparing_twice_is_the_same_and_with_another_spec_refused() -> None:
+    model = prepare(prepare(Tiny(), SPEC), SPEC)
+    with pytest.raises(QuantError, match="embed is prepared with"):
+        prepare(model, replace(SPEC, weight_bits=8))
+
+
+def test_rows_that_groups_do_not_fill_are_refused_before_anything_changes() -> None:
+    model = Tiny()
+    with pytest.raises(QuantError, match="group_size=24"):
+        prepare(model, QuantSpec(group_size=24))
+    assert type(model.up) is Linear and type(model.embed) is Embedding
+
+
+def test_a_model_without_linears_or_not_prepared_or_not_finite_is_refused() -> None:
+    with pytest.raises(QuantError, match="no linear"):
+        prepare(nn.Sequential(nn.Linear(4, 4)), SPEC)
+    with pytest.raises(QuantError, match="not prepared"):
+        convert(Tiny())
+    model = prepare(Tiny(), SPEC)
+    model.up.weight.data[0, 0] = torch.nan
+    with pytest.raises(QuantError, match=r"up\.weight holds NaN"):
+        convert(model)
+
+
+def test_preparing_works_before_there_are_weights() -> None:
+    model = prepare(Tiny().to("meta"), SPEC).to_empty(device="cpu")
+    model.load_state_dict(Tiny().state_dict())
+    assert torch.equal(model(IDS), prepare(Tiny(), SPEC)(IDS))
+
+
+def test_the_compiled_model_gives_the_same_numbers_and_gradients() -> None:
+    model = prepare(Tiny(), SPEC)
+    expected = model(IDS)
+    expected.square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(IDS)
+    compiled.square().sum().backward()
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
+
+
+def _sharded(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous")
+    try:
+        model = prepare(Tiny(), SPEC)
+        for module in (model.up, model.down, model):
+            fully_shard(module)
+        logits = model(IDS)
+        logits.square().sum().backward()
+        plain = prepare(Tiny(), SPEC)
+        expected = plain(IDS)
+        expected.square().sum().backward()
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+        for (name, parameter), reference in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), reference.grad, msg=name)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_sharded_model_rounds_as_a_whole_one_does(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_sharded, (str(tmp_path),), nprocs=2)
