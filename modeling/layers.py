@@ -1,0 +1,58 @@
+"""The three modules with weights, and RoPE as pure functions.
+
+`Linear` and `Embedding` are types of their own so that `quant/` can find them; both say in `head_operands` what the
+logits are a product of, so that a loss can multiply chunk by chunk and a quantizer can round both sides.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Linear(nn.Linear):
+    """y = x W^T, without bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, W) of an untied head: logits are x @ W.T."""
+        return hidden, self.weight
+
+
+class Embedding(nn.Embedding):
+    """Token id to vector; the same table is the head where the model ties them."""
+
+    def head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, W) of a tied head: logits are x @ W.T."""
+        return hidden, self.weight
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of RoPE's angles, [..., head_dim], for the split-half layout (Su et al., arXiv 2104.09864).
+
+    Angles are fp32 whatever `dtype` is: at 128k positions bf16 would not tell neighbours apart.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.to(torch.float32).unsqueeze(-1) * (1.0 / theta**exponents)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of x [..., head_dim]; `sin` carries the sign of the first half."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
