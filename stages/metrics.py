@@ -1,0 +1,106 @@
+"""What a run says about itself: `metrics.jsonl`, and the same numbers for Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets; the longer name comes first.
+PEAKS = (("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("L40S", 362e12),
+         ("A100", 312e12), ("L4", 121e12))  # fmt: skip
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's peak in FLOP/s at this precision, or None where we do not know it."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS if part in name), None)
+
+
+class MetricsFile:
+    """JSON Lines, one object a logged step; no step stands twice."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        """Keep only lines up to `resumed_step`: what follows will be computed, and logged, again."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= resumed_step]
+            beside = path.with_name(f".{path.name}.part")
+            beside.write_bytes(b"".join(kept))
+            beside.replace(path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+
+def _step_of(line: bytes) -> float:
+    """The line's step; infinite for a line that a kill cut short."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class WandbLog:
+    """An offline (or online) W&B run of one stage, written by a thread of its own.
+
+    Importing and starting wandb takes over a second, and it may fail in many ways; neither may hold up or end a run.
+    """
+
+    def __init__(self, folder: Path, *, mode: str, group: str, name: str, config: dict[str, Any]) -> None:
+        """`mode` is wandb's: offline, online or disabled. Files go to `folder`/wandb."""
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._settings: dict[str, Any] = {
+            "mode": mode, "group": group, "name": name, "config": config, "dir": str(folder), "project": "pocketforge",
+            "id": _run_id(folder), "resume": "allow",
+        }  # fmt: skip
+        self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
+        if mode != "disabled":
+            self._thread.start()
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._rows.put(row)
+
+    def close(self, timeout_seconds: float = 30.0) -> None:
+        """Hand over what is left; a W&B that hangs is left behind."""
+        self._rows.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_seconds)
+            if self._thread.is_alive():
+                logger.warning("wandb did not finish within %.0f s; metrics.jsonl has all numbers", timeout_seconds)
+
+    def _run(self) -> None:
+        try:
+            os.environ.setdefault("WANDB_SILENT", "true")
+            import wandb
+
+            Path(self._settings["dir"]).mkdir(parents=True, exist_ok=True)
+            quiet = wandb.Settings(console="off", x_disable_stats=True, init_timeout=60)
+            run = wandb.init(**self._settings, settings=quiet, reinit="create_new")
+            while (row := self._rows.get()) is not None:
+                run.log({k: v for k, v in row.items() if k != "stage"}, step=int(row["step"]))
+            run.finish()
+        except Exception as error:
+            logger.warning("wandb failed (%s: %s); the run goes on, metrics.jsonl has all numbers",
+                           type(error).__name__, str(error).splitlines()[0] if str(error) else "")  # fmt: skip
+
+
+def _run_id(folder: Path) -> str:
+    """The same for every resumption of one stage in one run directory."""
+    import hashlib
+
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
