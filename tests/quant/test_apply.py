@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from modeling.layers import Embedding, Linear
 from quant.apply import FakeQuantEmbedding, FakeQuantLinear, bake, convert, prepare, quantized_weights
 from quant.methods.minmax import fake_quantize_activations, fake_quantize_weight
 from quant.primitives import QuantError, dequantize, round_activations, round_to_grid
 from quant.spec import QuantSpec
-from torch import nn
 
 SPEC = QuantSpec(group_size=16)
 WEIGHTS_ONLY = replace(SPEC, activation_bits=16)
