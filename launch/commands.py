@@ -101,8 +101,9 @@ def _evaluate(config: EvaluationConfig, loaded) -> dict[str, dict[str, float]]: 
 
 def continue_text(loaded, prompt: str, max_new_tokens: int) -> str:  # type: ignore[no-untyped-def]
     """Greedy continuation. A prompt that starts with `user:` is asked as a conversation."""
-    from data_pipeline.chat import render_prompt
     from modeling.generate import generate
+
+    from data_pipeline.chat import render_prompt
 
     tokenizer = loaded.tokenizer
     if prompt.startswith("user:"):

@@ -32,10 +32,10 @@ def evaluate(model, tasks, limit, output) -> None:  # type: ignore[no-untyped-de
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+    from stages.loading import load_model
 
     from launch.rundir import write_json
     from launch.tasks import score_task
-    from stages.loading import load_model
 
     loaded = load_model(model)
     bar = track(tasks, description="scoring", console=Console(stderr=True), disable=not sys.stderr.isatty())

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from stages.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from launch.config import LaunchConfig
     from stages.run import StageJob
+
+    from launch.config import LaunchConfig
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ RAY_ENVIRONMENT = {
 }
 
 
-def run_on_ray(jobs: list[StageJob], launch: LaunchConfig, timeout_seconds: float) -> None:
+def run_on_ray(jobs: list[dict[str, Any]], launch: LaunchConfig, timeout_seconds: float) -> None:
     """Run the stages on a worker group of `launch.workers`; a lost worker restarts the group from its last checkpoint.
 
     Raises InputError or RunError with the worker's own line, whichever worker it came from.
@@ -66,7 +67,7 @@ def run_on_ray(jobs: list[StageJob], launch: LaunchConfig, timeout_seconds: floa
             ),
             run_config=RunConfig(
                 name="ray",
-                storage_path=str(Path(jobs[0].output_dir).resolve()),
+                storage_path=str(Path(jobs[0]["output_dir"]).resolve()),
                 failure_config=FailureConfig(max_failures=launch.max_failures),
             ),
         )
@@ -105,10 +106,10 @@ def _worker(config: dict[str, Any]) -> None:
     import ray
     import torch
     from ray.experimental.internal_kv import _internal_kv_put
-
-    from launch.log_setup import set_up_logging
     from stages.distributed import init_process, shutdown
     from stages.run import run_stages
+
+    from launch.log_setup import set_up_logging
 
     launch: LaunchConfig = config["launch"]
     key = config["error_key"]
@@ -123,7 +124,7 @@ def _worker(config: dict[str, Any]) -> None:
         if launch.nodes and context.get_world_rank() == context.get_world_size() - 1 and nodes != launch.nodes:
             raise InputError(f"launch.nodes={launch.nodes} but Ray placed the workers on {nodes} nodes; "
                              "add nodes, or set launch.nodes=0 to leave the placement to Ray")
-        run_stages(config["jobs"], process)
+        run_stages([StageJob(**job) for job in config["jobs"]], process)
     except (InputError, RunError, ValueError) as error:
         if not isinstance(error, InputError | RunError) and type(error).__module__.partition(".")[0] not in _OURS:
             raise

@@ -8,15 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from launch.config import LaunchConfig, Recipe
 from launch.progress import follow_progress
 from stages.config import StageName
 from stages.errors import InputError
-
-if TYPE_CHECKING:
-    from stages.run import StageJob
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +22,7 @@ def train_stages(recipe: Recipe, directory: Path, names: Sequence[StageName], *,
     """Run these stages, each from the one before, on the runner that the recipe asks for."""
     jobs = build_jobs(recipe, directory, names, init_from=init_from)
     runner = choose_runner(recipe.launch)
-    with follow_progress(directory, {job.stage: job.config.steps for job in jobs}, enabled=_is_first()):
+    with follow_progress(directory, {job["stage"]: job["config"].steps for job in jobs}, enabled=_is_first()):
         if runner == "ray":
             from launch.ray_runner import run_on_ray
 
@@ -36,9 +33,8 @@ def train_stages(recipe: Recipe, directory: Path, names: Sequence[StageName], *,
 
 def build_jobs(
     recipe: Recipe, directory: Path, names: Sequence[StageName], *, init_from: str | None
-) -> list[StageJob]:
-    from stages.run import StageJob
-
+) -> list[dict[str, Any]]:
+    """The fields of each stage's `StageJob`. The job itself is made in the worker: its module imports torch."""
     held_out = tuple((item, recipe.held_out_sources(item)) for item in recipe.train.held_out)
     tokenizer = recipe.tokenizer
     if init_from is not None:
@@ -56,7 +52,7 @@ def build_jobs(
         if recipe.train.steps is not None:
             config = dataclasses.replace(config, steps=recipe.train.steps)
         jobs.append(
-            StageJob(
+            dict(
                 stage=name, config=config, train=recipe.train, model=recipe.model, tokenizer=tokenizer,
                 parallel=recipe.parallel, checkpoint=recipe.checkpoint, output_dir=str(directory.resolve()),
                 cache_dir=str((directory / "data").resolve()), init_from=init_from, resume=True,
@@ -89,17 +85,17 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run_here(jobs: list[StageJob], recipe: Recipe) -> None:
+def _run_here(jobs: list[dict[str, Any]], recipe: Recipe) -> None:
     import torch
-
-    from launch.log_setup import set_up_logging
     from stages.distributed import init_process, shutdown
     from stages.run import run_stages
+
+    from launch.log_setup import set_up_logging
 
     if recipe.launch.threads_per_worker:
         torch.set_num_threads(recipe.launch.threads_per_worker)
     set_up_logging(rank=int(os.environ.get("RANK", "0")), verbose=sys.stderr.isatty())
     try:
-        run_stages(jobs, init_process(timeout_seconds=recipe.parallel.timeout_seconds))
+        run_stages([StageJob(**job) for job in jobs], init_process(timeout_seconds=recipe.parallel.timeout_seconds))
     finally:
         shutdown()

@@ -20,6 +20,7 @@ from stages.evaluate import chat_loss, perplexity
 from stages.job import StageJob
 from stages.objectives import TrainableModel
 from stages.parallel.fsdp import reshard
+from stages.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,9 @@ class HeldOutScores:
             with compute():
                 return module(tokens, positions, labels, reduction="none")
 
-        table = {
-            item.name: self._score_set(token_nll, tokenizer, model.max_positions, item, sources)
-            for item, sources in self.job.held_out
-        }
+        scorer = Scorer(token_nll=token_nll, tokenizer=tokenizer, context=model.max_positions,
+                        rank=self.process.rank, world=self.process.world)  # fmt: skip
+        table = {item.name: self._score_set(scorer, item, sources) for item, sources in self.job.held_out}
         reshard(module)
         if isinstance(when, int):
             self.scores.setdefault("steps", {})[str(when)] = table
@@ -78,16 +78,12 @@ class HeldOutScores:
             self._write()
 
     def _score_set(
-        self, token_nll: Callable[[Tensor, Tensor | None, Tensor], Tensor], tokenizer: Tokenizer, context: int,
-        item: HeldOutConfig, sources: tuple[SourceConfig, ...],
-    ) -> dict[str, float]:  # fmt: skip
-        where = {"rank": self.process.rank, "world": self.process.world}
+        self, scorer: Scorer, item: HeldOutConfig, sources: tuple[SourceConfig, ...]
+    ) -> dict[str, float]:
         fraction = self.job.held_out_fraction
         if item.kind == "chat":
-            chats = held_out_chats(sources, item.max_documents, fraction)
-            return chat_loss(token_nll, tokenizer, chats, context=context, **where)
-        texts = held_out_texts(sources, item.max_documents, fraction)
-        return perplexity(token_nll, tokenizer, texts, context=context, **where)
+            return chat_loss(scorer, held_out_chats(sources, item.max_documents, fraction))
+        return perplexity(scorer, held_out_texts(sources, item.max_documents, fraction))
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}

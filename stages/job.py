@@ -148,8 +148,8 @@ def _check_same_run(job: StageJob, state: RunState, where: Path) -> None:
     ):
         if wanted != found:
             raise CheckpointError(
-                f"{where} was written with another {key} ({found}, now {wanted}), so its place in the data means nothing "
-                "here; set it back, or start in another --output-dir"
+                f"{where} was written with another {key} ({found}, now {wanted}), so its place in the data means "
+                "nothing here; set it back, or start in another --output-dir"
             )
 
 

@@ -116,10 +116,10 @@ def _shared_sets() -> tuple[Sources, Sources, Sources]:
 
 def _embedded_sets() -> tuple[Sources, Sources, Sources]:
     """Python's own library: its source, then its documentation strings, then questions about its functions."""
-    pretrain = (SourceConfig(name="library", format="python_docs", subset="source", max_bytes=8_000_000),)
+    pretrain = (SourceConfig(name="library", format="python_docs", subset="code", max_bytes=8_000_000),)
     midtrain = (
-        SourceConfig(name="docstrings", format="python_docs", subset="docstrings", weight=0.8, max_bytes=4_000_000),
-        SourceConfig(name="library", format="python_docs", subset="source", weight=0.2, max_bytes=8_000_000),
+        SourceConfig(name="docstrings", format="python_docs", subset="prose", weight=0.8, max_bytes=4_000_000),
+        SourceConfig(name="library", format="python_docs", subset="code", weight=0.2, max_bytes=8_000_000),
     )
     sft = (SourceConfig(name="questions", format="python_qa", max_bytes=3_000_000),)
     return pretrain, midtrain, sft

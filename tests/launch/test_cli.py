@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import Parser
-from launch.rundir import first_difference, open_run
 from launch.config import load_recipe
+from launch.rundir import first_difference, open_run
 from launch.runner import choose_runner
 from stages.errors import InputError
 
