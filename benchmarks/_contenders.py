@@ -43,19 +43,21 @@ def ours(folder: Path, steps: int, clock: shape.StepClock) -> None:
         waited = [line["data_seconds"] / line["step_seconds"] for line in lines]
         # The first line holds the start of the loader, which no later step pays.
         name = "ours" if world == 1 else f"ours_{world}_workers"
-        shape.report(folder, name, clock, steps, data_wait=max(waited[1:] or waited), loss=lines[-1]["loss"])
+        shape.report(folder, name, clock, steps, data_wait=max(waited[1:] or waited), first_loss=lines[0]["loss"])
 
 
 Loss = Callable[["Decoder", Tensor, Tensor, Tensor], Tensor]
 """(model, tokens, positions, labels) -> mean loss."""
 
 
-def _bare(folder: Path, steps: int, clock: shape.StepClock, name: str, loss_of: Loss) -> None:
-    """What a person would write in a notebook: no accumulation, no logging, no checks."""
+def _bare(
+    folder: Path, steps: int, clock: shape.StepClock, name: str, loss_of: Loss, part: slice = slice(None)
+) -> None:
+    """What a person would write in a notebook: no accumulation, no logging, no checks. `part` of each batch's rows."""
     from modeling.decoder import Decoder
     from modeling.init import init_weights
 
-    rows = shape.load_rows(folder)
+    rows = {key: value[:, part] for key, value in shape.load_rows(folder).items()}
     model = Decoder(shape.MODEL)
     init_weights(model, shape.SEED)
     config = shape.OPTIM
@@ -70,12 +72,14 @@ def _bare(folder: Path, steps: int, clock: shape.StepClock, name: str, loss_of: 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         loss = loss_of(model, rows["tokens"][step], rows["positions"][step], rows["labels"][step])
+        if step == 0:
+            first = loss.item()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    shape.report(folder, name, clock, steps, loss=loss.item())
+    shape.report(folder, name, clock, steps, first_loss=first)
 
 
 def bare(folder: Path, steps: int, clock: shape.StepClock) -> None:
@@ -89,13 +93,21 @@ def bare(folder: Path, steps: int, clock: shape.StepClock) -> None:
 
 def bare_same_loss(folder: Path, steps: int, clock: shape.StepClock) -> None:
     """As `bare`, with the loss function of our loop: what is left is the framework alone."""
+    _bare(folder, steps, clock, "bare_same_loss", _our_loss)
+
+
+def two_alone(folder: Path, steps: int, clock: shape.StepClock) -> None:
+    """Two of `bare_same_loss` at once on half the rows each, which never speak: what two cores can do at best."""
+    half, rank = shape.ROWS // 2, int(os.environ["RANK"])
+    name = "two_alone" if rank == 0 else "two_alone_other"
+    _bare(folder, steps, clock, name, _our_loss, slice(rank * half, (rank + 1) * half))
+
+
+def _our_loss(model: Decoder, tokens: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
     from stages.objectives import linear_cross_entropy
 
-    def loss_of(model: Decoder, tokens: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
-        hidden, weight = model.head_operands(model.hidden(tokens, positions))
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten()) / (labels != -100).sum()
-
-    _bare(folder, steps, clock, "bare_same_loss", loss_of)
+    hidden, weight = model.head_operands(model.hidden(tokens, positions))
+    return linear_cross_entropy(hidden, weight, labels) / (labels != -100).sum()
 
 
 def transformers_trainer(folder: Path, steps: int, clock: shape.StepClock) -> None:
@@ -125,7 +137,7 @@ def transformers_trainer(folder: Path, steps: int, clock: shape.StepClock) -> No
         logging_steps=10, report_to="none", disable_tqdm=True, seed=shape.SEED,
     )  # fmt: skip
     result = Trainer(model=llama, args=arguments, train_dataset=examples).train()
-    shape.report(folder, "transformers_trainer", clock, steps, loss=result.training_loss)
+    shape.report(folder, "transformers_trainer", clock, steps, mean_loss=result.training_loss)
 
 
 def torchtitan_trainer(folder: Path, steps: int, clock: shape.StepClock) -> None:
@@ -138,8 +150,8 @@ def prepare(folder: Path, steps: int, clock: shape.StepClock) -> None:
     shape.save_rows(folder, steps)
 
 
-CONTENDERS = {run.__name__: run
-              for run in (prepare, ours, bare, bare_same_loss, transformers_trainer, torchtitan_trainer)}  # fmt: skip
+_ENTRIES = (prepare, ours, bare, bare_same_loss, two_alone, transformers_trainer, torchtitan_trainer)
+CONTENDERS = {run.__name__: run for run in _ENTRIES}
 
 if __name__ == "__main__":
     step_clock = shape.StepClock()

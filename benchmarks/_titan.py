@@ -106,7 +106,7 @@ class _NoMetrics:
         self.loss = float("nan")
 
     def should_log(self, step: int) -> bool:
-        return step % 10 == 0 or step == 1
+        return step == 1
 
     def log(self, step: int, global_avg_loss: float, *_: Any, **__: Any) -> None:
         self.loss = global_avg_loss
@@ -143,7 +143,7 @@ def train(folder: Path, steps: int, clock: shape.StepClock) -> None:
         raise RuntimeError(f"torchtitan chose a feed-forward width of {width}; expected {model.ffn_size}")
     try:
         trainer.train()
-        shape.report(folder, "torchtitan_trainer", clock, steps, loss=trainer.metrics_processor.loss)
+        shape.report(folder, "torchtitan_trainer", clock, steps, first_loss=trainer.metrics_processor.loss)
     finally:
         trainer.close()
         torch.distributed.destroy_process_group()
