@@ -1,0 +1,106 @@
+"""Conversion of a checkpoint to a folder that `transformers` loads, tokenizer and chat template included."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.chat import LLAMA3_TEMPLATE, layout_name
+from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import Tokenizer
+from modeling.hf_convert import Layout, save_hf
+from quant.apply import bake
+from stages.errors import InputError
+from stages.loading import LoadedModel, load_model
+
+CHAT_TEMPLATES = {
+    "llama3": LLAMA3_TEMPLATE,
+    "chatml": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|im_start|>' + ('assistant' if message['role'] == 'tool_call' else message['role'])"
+        " + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ ('assistant' if message['role'] == 'tool_call' else message['role']) | capitalize"
+        " + ':\\n' + message['content'] | trim + eos_token + '\\n\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+    ),
+}
+"""The layouts of `data_pipeline.chat` as Jinja; tests hold them equal to `render`."""
+
+
+def export_hf(checkpoint: str | Path, output: str | Path, layout: Layout | None = None) -> None:
+    """Write config.json, model.safetensors, tokenizer files and lineage.json, all or nothing.
+
+    Weights of a QAT checkpoint are written on their integer grid (in fp32), so that any fp32 runtime sees what training
+    saw; that activations are rounded too is recorded in lineage.json and lost on transformers.
+
+    Raises:
+        InputError: `output` exists. CheckpointError: the checkpoint is damaged. ConversionError: the layout cannot
+            hold the model.
+    """
+    output = Path(output)
+    if output.exists():
+        raise InputError(f"{output} exists; name another folder, nothing is overwritten")
+    loaded = load_model(checkpoint)
+    state = loaded.model.state_dict() if loaded.quant is None else bake(loaded.model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    def add_rest(folder: Path, config: dict[str, Any]) -> None:
+        ids = special_ids(loaded.tokenizer)
+        config.update(ids)
+        _write(folder / "generation_config.json", {**ids, "do_sample": False})
+        write_tokenizer(folder, loaded.tokenizer, loaded.context)
+        _write(folder / "lineage.json", _lineage(loaded))
+
+    with torch.no_grad():
+        save_hf(output, loaded.model.config, state, layout=layout, extra=add_rest)
+
+
+def _lineage(loaded: LoadedModel) -> dict[str, Any]:
+    quant = None if loaded.quant is None else dataclasses.asdict(loaded.quant)
+    return {**(loaded.lineage or {}), "checkpoint": str(loaded.path), "quant": quant}
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Ids as config.json names them; generation stops at the end of a text and at the end of a turn."""
+    ends = list(dict.fromkeys(i for i in (tokenizer.eos_id, tokenizer.eot_id) if i is not None))
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_positions: int) -> None:
+    """tokenizer.json and the tokenizer_config.json from which `AutoTokenizer` knows tokens and chat template."""
+    tokenizer.save(folder / "tokenizer.json")
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    for role in ("bos", "eos", "pad"):
+        if (found := getattr(tokenizer, f"{role}_id")) is not None:
+            config[f"{role}_token"] = tokenizer.decode([found], skip_special_tokens=False)
+    if template := chat_template(tokenizer):
+        config["chat_template"] = template
+    _write(folder / "tokenizer_config.json", config)
+
+
+def chat_template(tokenizer: Tokenizer) -> str | None:
+    """The tokenizer's chat layout as Jinja; None where no token can end a turn."""
+    try:
+        return CHAT_TEMPLATES[layout_name(tokenizer)]
+    except DataError:
+        return None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
