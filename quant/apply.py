@@ -19,31 +19,39 @@ from quant.primitives import QuantError, check_groups, dequantize, group_scales,
 from quant.spec import QuantSpec
 
 
-class FakeQuantLinear(Linear):
-    """A linear whose weight and input are rounded to their integer grids, with straight-through gradients."""
+class _FakeQuant:
+    """What prepared layers share."""
 
     quant: QuantSpec
+    frozen = False
+    """The weights lie on their grid already and need no rounding."""
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Rows [..., in] of the weight on their grid."""
+        return weight if self.frozen else WEIGHT_METHODS[self.quant.method](weight, self.quant)
+
+
+class FakeQuantLinear(_FakeQuant, Linear):
+    """A linear whose weight and input are rounded to their integer grids, with straight-through gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight = self.head_operands(x)
-        return F.linear(x, weight)
+        return F.linear(*self.head_operands(x))
 
     def head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Rounded input and weight: what a loss over an untied head multiplies."""
-        return fake_quantize_activations(hidden, self.quant), WEIGHT_METHODS[self.quant.method](self.weight, self.quant)
+        return fake_quantize_activations(hidden, self.quant), self.rounded(self.weight)
 
 
-class FakeQuantEmbedding(Embedding):
+class FakeQuantEmbedding(_FakeQuant, Embedding):
     """An embedding on its integer grid. A tied head multiplies the same rounded table by rounded activations."""
-
-    quant: QuantSpec
 
     def forward(self, ids: Tensor) -> Tensor:
         # Rows are quantized on their own, so rounding those that were looked up gives the rounded table's rows.
-        return WEIGHT_METHODS[self.quant.method](F.embedding(ids, self.weight), self.quant)
+        return self.rounded(F.embedding(ids, self.weight))
 
     def head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return fake_quantize_activations(hidden, self.quant), WEIGHT_METHODS[self.quant.method](self.weight, self.quant)
+        """Rounded hidden states and table."""
+        return fake_quantize_activations(hidden, self.quant), self.rounded(self.weight)
 
 
 def prepare(model: nn.Module, spec: QuantSpec) -> nn.Module:
@@ -89,6 +97,8 @@ def convert(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     specs = quantized_weights(model)
     if not specs:
         raise QuantError("the model is not prepared for quantization; call prepare(model, spec) first")
+    if any(getattr(module, "frozen", False) for module in model.modules()):
+        raise QuantError("the model is frozen on its grid, whose scales are gone; convert it before freeze(model)")
     converted = {}
     for name, spec in specs.items():
         weight = model.get_parameter(name)
@@ -108,3 +118,18 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     specs = quantized_weights(model)
     grid = {name: dequantize(codes, scales, specs[name]) for name, (codes, scales) in convert(model).items()}
     return {name: grid.get(name, value.detach()) for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+def freeze(model: nn.Module) -> nn.Module:
+    """Put the weights of a prepared model on their grid for good: the same numbers, without rounding in each forward.
+
+    Activations are rounded as before. For models that are only used from now on; they cannot be converted any more.
+    """
+    specs = quantized_weights(model)
+    for name, (codes, scales) in convert(model).items():
+        model.get_parameter(name).copy_(dequantize(codes, scales, specs[name]))
+    for module in model.modules():
+        if isinstance(module, _FakeQuant):
+            module.frozen = True
+    return model

@@ -13,7 +13,6 @@ from data_pipeline.chat import LLAMA3_TEMPLATE, layout_name
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import Tokenizer
 from modeling.hf_convert import Layout, save_hf
-from quant.apply import bake
 from stages.errors import InputError
 from stages.loading import LoadedModel, load_model
 
@@ -49,7 +48,6 @@ def export_hf(checkpoint: str | Path, output: str | Path, layout: Layout | None 
     if output.exists():
         raise InputError(f"{output} exists; name another folder, nothing is overwritten")
     loaded = load_model(checkpoint)
-    state = loaded.model.state_dict() if loaded.quant is None else bake(loaded.model)
     output.parent.mkdir(parents=True, exist_ok=True)
 
     def add_rest(folder: Path, config: dict[str, Any]) -> None:
@@ -60,7 +58,7 @@ def export_hf(checkpoint: str | Path, output: str | Path, layout: Layout | None 
         _write(folder / "lineage.json", _lineage(loaded))
 
     with torch.no_grad():
-        save_hf(output, loaded.model.config, state, layout=layout, extra=add_rest)
+        save_hf(output, loaded.model.config, loaded.model.state_dict(), layout=layout, extra=add_rest)
 
 
 def _lineage(loaded: LoadedModel) -> dict[str, Any]:

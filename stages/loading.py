@@ -17,7 +17,7 @@ from data_pipeline.tokenizer import Tokenizer
 from modeling.config import ModelConfig
 from modeling.decoder import Decoder
 from modeling.hf_convert import load_hf
-from quant.apply import prepare
+from quant.apply import freeze, prepare
 from quant.spec import QuantSpec
 from stages.checkpoint import load_full, read_document, resolve, verify
 from stages.errors import CheckpointError, InputError
@@ -35,15 +35,17 @@ class LoadedModel(Scorer):
     lineage: dict[str, Any] | None
     """None for a Hugging Face folder."""
     quant: QuantSpec | None
-    """How the model is prepared: its forward pass rounds weights and activations."""
+    """How the model is prepared: its forward pass computes with rounded weights and activations."""
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+def load_model(path: str | Path, device: str | torch.device = "cpu", *, latent: bool = False) -> LoadedModel:
     """Load in fp32 for use on one device.
 
     Args:
         path: a run or stage directory (its last checkpoint is taken), a checkpoint, or a Hugging Face folder with
             config.json, weights and tokenizer.json.
+        latent: keep the full-precision weights behind the rounded ones of a QAT checkpoint, which
+            `quant.apply.convert` needs; else they are put on their grid once, which makes every forward pass cheaper.
 
     Raises:
         InputError: nothing there, or of no known form. CheckpointError, ConversionError, DataError: damaged.
@@ -55,7 +57,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         raise InputError(f"model {path}: a file; expected a run, a checkpoint or a Hugging Face folder")
     if (path / "config.json").is_file():
         return _load_hf(path, device)
-    return _load_checkpoint(resolve(path), device)
+    loaded = _load_checkpoint(resolve(path), device)
+    if loaded.quant is not None and not latent:
+        freeze(loaded.model)
+    return loaded
 
 
 def _load_hf(folder: Path, device: str | torch.device) -> LoadedModel:

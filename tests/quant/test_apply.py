@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling.layers import Embedding, Linear
-from quant.apply import FakeQuantEmbedding, FakeQuantLinear, bake, convert, prepare, quantized_weights
+from quant.apply import FakeQuantEmbedding, FakeQuantLinear, bake, convert, freeze, prepare, quantized_weights
 from quant.methods.minmax import fake_quantize_activations, fake_quantize_weight
 from quant.primitives import QuantError, dequantize, round_activations, round_to_grid
 from quant.spec import QuantSpec
@@ -134,6 +134,16 @@ def test_a_model_without_linears_or_not_prepared_or_not_finite_is_refused() -> N
     model = prepare(Tiny(), SPEC)
     model.up.weight.data[0, 0] = torch.nan
     with pytest.raises(QuantError, match=r"up\.weight holds NaN"):
+        convert(model)
+
+
+def test_a_frozen_model_gives_the_same_numbers_and_cannot_be_converted_again() -> None:
+    model = prepare(Tiny(), SPEC)
+    expected, state = model(IDS), bake(model)
+    freeze(model)
+    assert torch.equal(model(IDS), expected)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(QuantError, match="frozen"):
         convert(model)
 
 
