@@ -74,7 +74,7 @@ def prepare(model: nn.Module, spec: QuantSpec) -> nn.Module:
     for module in targets.values():
         # The class changes, the object stays: parameters, hooks and references from elsewhere are untouched.
         module.__class__ = FakeQuantLinear if isinstance(module, Linear) else FakeQuantEmbedding
-        module.quant = spec
+        cast(_FakeQuant, module).quant = spec
     return model
 
 

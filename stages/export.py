@@ -63,7 +63,7 @@ def export_hf(checkpoint: str | Path, output: str | Path, layout: Layout | None 
 
 def _lineage(loaded: LoadedModel) -> dict[str, Any]:
     quant = None if loaded.quant is None else dataclasses.asdict(loaded.quant)
-    return {**(loaded.lineage or {}), "checkpoint": str(loaded.path), "quant": quant}
+    return {**(loaded.lineage.to_dict() if loaded.lineage else {}), "checkpoint": str(loaded.path), "quant": quant}
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:

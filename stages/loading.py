@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from quant.apply import freeze, prepare
 from quant.spec import QuantSpec
 from stages.checkpoint import load_full, read_document, resolve, verify
 from stages.errors import CheckpointError, InputError
+from stages.lineage import Lineage
 from stages.scoring import Scorer, decoder_nll
 from stages.state import read_model
 
@@ -32,7 +33,7 @@ class LoadedModel(Scorer):
     model: Decoder
     kind: Literal["checkpoint", "hf"]
     path: Path
-    lineage: dict[str, Any] | None
+    lineage: Lineage | None
     """None for a Hugging Face folder."""
     quant: QuantSpec | None
     """How the model is prepared: its forward pass computes with rounded weights and activations."""
@@ -75,13 +76,13 @@ def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     config, quant = read_model(folder)
     state = load_full(folder, "model.")
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-    lineage = read_document(folder, "lineage")
+    lineage = Lineage.from_dict(read_document(folder, "lineage"))
     return _loaded(config, quant, state, tokenizer, device, kind="checkpoint", path=folder, lineage=lineage)
 
 
 def _loaded(
     config: ModelConfig, quant: QuantSpec | None, state: dict[str, Tensor], tokenizer: Tokenizer,
-    device: str | torch.device, *, kind: Literal["checkpoint", "hf"], path: Path, lineage: dict[str, Any] | None,
+    device: str | torch.device, *, kind: Literal["checkpoint", "hf"], path: Path, lineage: Lineage | None,
 ) -> LoadedModel:  # fmt: skip
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
