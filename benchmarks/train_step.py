@@ -209,7 +209,7 @@ def table(rounds: Sequence[Mapping[str, Any]], left_out: Sequence[str], steps: i
         if name in rounds[0]:
             wait = max(done[name]["data_wait"] for done in rounds)
             verdict = "reached" if wait < DATA_WAIT_AIM else "missed"
-            label = f"data wait of a step, {name}, worst"
+            label = f"data wait, {name}, worst"
             lines.append(f"{label:<40}{100 * wait:>6.2f} %{'':>18}{f'< {DATA_WAIT_AIM:.0%}':>10}  {verdict}")
     return "\n".join([*lines, *left_out]) + "\n"
 
