@@ -156,7 +156,7 @@ def _number(value: float | None) -> str:
     """Four decimals for measurements of order one, fewer for large ones; a dash where there is none."""
     if value is None:
         return "\N{EN DASH}"
-    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
+    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:

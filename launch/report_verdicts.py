@@ -154,10 +154,10 @@ def _shares(stage: StageConfig | None) -> dict[str, float]:
 
 
 def _sets(recipe: Recipe, kind: str, sources: dict[str, float]) -> list[str]:
-    def belongs(item: HeldOutConfig) -> bool:
-        return item.kind == kind and any(name in sources for name in item.sources)
-
-    return [item.name for item in recipe.train.held_out if belongs(item)]
+    """Held-out sets cut from these sources alone; where there are none, those cut from some of them."""
+    items: list[HeldOutConfig] = [item for item in recipe.train.held_out if item.kind == kind and item.sources]
+    whole = [item.name for item in items if all(name in sources for name in item.sources)]
+    return whole or [item.name for item in items if any(name in sources for name in item.sources)]
 
 
 def _value(run: RunRecord, stage: StageName, when: str, held_out: str, metric: str) -> float | None:

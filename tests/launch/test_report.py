@@ -183,6 +183,17 @@ def test_a_number_that_is_missing_gives_no_verdict_and_says_which(run: Path) -> 
     assert "sft/evaluation.json (after) has no loss of 'chats'." in text
 
 
+def test_a_set_that_mixes_in_other_sources_is_left_out_where_a_pure_one_exists(run: Path) -> None:
+    recipe = make_recipe()
+    mixed = HeldOutConfig(name="mixed", sources=("books", "maths"))
+    both = dataclasses.replace(recipe.train, held_out=(mixed, *recipe.train.held_out))
+    alone = dataclasses.replace(recipe.train, held_out=(mixed,))
+    for train, expected in ((both, ["books"]), (alone, [])):
+        save_toml(dataclasses.replace(recipe, train=train), run / "recipe.toml")
+        assert [row.held_out for row in four_comparisons(read_run(run))[0].rows] == expected
+    assert verdicts(run)[0] == "not measured"  # the mixed set is what there is, and it was not scored
+
+
 def test_one_missing_set_withholds_the_verdict_of_the_whole_comparison(run: Path) -> None:
     recipe = make_recipe()
     second = HeldOutConfig(name="more books", sources=("books",))
