@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def ours(folder: Path, steps: int, clock: shape.StepClock) -> None:
     """`stages.run.run_stages` as every command runs it: loader thread, metrics, W&B offline, checkpoint at the end."""
-    from stages.config import CheckpointConfig, ParallelConfig
+    from stages.config import CheckpointConfig
     from stages.distributed import init_process, shutdown
     from stages.run import StageJob, run_stages
 
@@ -29,7 +29,7 @@ def ours(folder: Path, steps: int, clock: shape.StepClock) -> None:
     output = folder / f"run-{world}-{os.environ['POCKETFORGE_BENCH_ROUND']}"
     job = StageJob(
         stage="pretrain", config=shape.stage_config(steps), train=shape.train_config(), model=shape.MODEL,
-        tokenizer=shape.TOKENIZER, parallel=ParallelConfig(), checkpoint=CheckpointConfig(), output_dir=str(output),
+        tokenizer=shape.TOKENIZER, parallel=shape.PARALLEL, checkpoint=CheckpointConfig(), output_dir=str(output),
         cache_dir=str(folder / "data"), init_from=None, resume=False, run_name="train_step", recipe_hash="benchmark",
         wandb_mode="offline", held_out=(), held_out_fraction=shape.DATA.held_out_fraction,
     )  # fmt: skip

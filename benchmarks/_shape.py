@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
 from modeling.config import ModelConfig
-from stages.config import OptimConfig, StageConfig, TrainConfig
+from stages.config import OptimConfig, ParallelConfig, StageConfig, TrainConfig
 
 SEQ_LEN, ROWS = 256, 16
 TOKENS_PER_STEP = SEQ_LEN * ROWS
@@ -25,6 +25,8 @@ MODEL = ModelConfig(
 TOKENIZER = TokenizerConfig(vocab_size=MODEL.vocab_size, train_bytes=4_000_000)
 # Text that lies on every machine with Python, so the benchmark needs no download.
 DATA = DataConfig(sources=(SourceConfig(name="python", format="python_docs", max_bytes=8_000_000),))
+# As the quickstart has it: the model is small enough to stay whole between the forward and the backward pass.
+PARALLEL = ParallelConfig(reshard_after_forward=False)
 OPTIM = OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=2)
 
 
