@@ -21,7 +21,7 @@ TOKENS, WIDTH, VOCABULARY = 150, 16, 97
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(objectives, "CHUNK_BYTES", 64 * 4 * VOCABULARY)  # 64 rows: three chunks, the last ragged
+    monkeypatch.setitem(objectives.CHUNK_BYTES, "cpu", 64 * 4 * VOCABULARY)  # 64 rows: three chunks, the last ragged
 
 
 def operands(dtype=torch.float32, ignored: float = 0.3, scale: float = 1.0):
