@@ -48,6 +48,8 @@ class HeldOutConfig:
     sources: tuple[str, ...] = ()
     """Names of training sources. Their held-out part (chosen by a hash of the document, never trained on) is scored."""
     max_documents: int = 64
+    max_document_bytes: int | None = None
+    """Score only the first part of longer documents (UTF-8 bytes); None scores them whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ def _worker(config: dict[str, Any]) -> None:
     import torch
     from ray.experimental.internal_kv import _internal_kv_put
     from stages.distributed import init_process, shutdown
-    from stages.run import run_stages
+    from stages.run import StageJob, run_stages
 
     from launch.log_setup import set_up_logging
 

@@ -88,7 +88,7 @@ def _is_first() -> bool:
 def _run_here(jobs: list[dict[str, Any]], recipe: Recipe) -> None:
     import torch
     from stages.distributed import init_process, shutdown
-    from stages.run import run_stages
+    from stages.run import StageJob, run_stages
 
     from launch.log_setup import set_up_logging
 

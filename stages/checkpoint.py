@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from stages.checkpoint_writer import COMMIT, CheckpointWriter, as_stored, committed, file_hash, latest
+from stages.checkpoint_files import COMMIT, SHARDS, as_stored, committed, describe, file_hash, latest
+from stages.checkpoint_writer import FAILURES, CheckpointWriter
 from stages.config import STAGES
 from stages.errors import CheckpointError
 
@@ -29,6 +31,8 @@ __all__ = [
     "CheckpointWriter", "committed", "latest", "load_full", "load_tensors", "read_document", "resolve", "tensor_names",
     "verify",
 ]  # fmt: skip
+
+DAMAGED = "the checkpoint is damaged: restore the file, or resume from an older checkpoint"
 
 
 def resolve(path: str | Path) -> Path:
@@ -70,14 +74,15 @@ def _first_problem(path: Path, rank: int, world: int) -> str | None:
     for name, entry in files.items():
         file = path / name
         if not file.is_file():
-            return f"{file} is missing; the checkpoint is damaged: restore the file, or resume from an older checkpoint"
+            return f"{file} is missing; {DAMAGED}"
         if file.stat().st_size != entry["bytes"]:
-            return (f"{file} has {file.stat().st_size} bytes, {entry['bytes']} were written; the checkpoint is damaged: "
-                    "restore the file, or resume from an older checkpoint")
+            return f"{file} has {file.stat().st_size} bytes, {entry['bytes']} were written; {DAMAGED}"
+    for file in path.glob(SHARDS):  # all that is there would be read
+        if file.name not in files:
+            return f"{file} is not in its commit.json; take it away, or resume from an older checkpoint"
     for name in sorted(files)[rank::world]:
         if file_hash(path / name) != files[name]["sha256"]:
-            return (f"{path / name} is not what was written (SHA-256 differs); the checkpoint is damaged: "
-                    "restore the file, or resume from an older checkpoint")
+            return f"{path / name} is not what was written (SHA-256 differs); {DAMAGED}"
     return None
 
 
@@ -108,13 +113,19 @@ def read_document(path: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); the checkpoint is damaged") from None
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise CheckpointError(f"{file} is not what was written (SHA-256 differs); the checkpoint is damaged")
-    return json.loads(content)
+    try:
+        document = json.loads(content)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file} is not a JSON object; the checkpoint is damaged")
+    return document
 
 
 def tensor_names(path: Path) -> list[str]:
     """Names of all tensors, from the shards' headers."""
     with _reading(path):
-        return sorted(_reader(path).read_metadata().state_dict_metadata)
+        return sorted(_headers(path))
 
 
 def load_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -123,21 +134,22 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises CheckpointError for a tensor that the checkpoint lacks or holds in another shape.
     """
     with _reading(path):
-        known = _reader(path).read_metadata().state_dict_metadata
+        known = _headers(path)
         for name, tensor in tensors.items():
             if name not in known:
-                raise CheckpointError(f"{path} has no tensor {name}; it is a checkpoint of another model")
+                raise CheckpointError(f"{path} has no tensor {name}; it is of another model")
             wanted, held = tuple(as_stored(tensor).shape), tuple(known[name].size)
             if wanted != held:
-                raise CheckpointError(f"{path}: {name} is {held}, the model has {wanted}; it is a checkpoint of another model")
+                raise CheckpointError(f"{path}: {name} is {held}, the model has {wanted}; it is of another model")
         alone = not dist.is_initialized() or dist.get_world_size() == 1
-        dcp.load({name: as_stored(tensor) for name, tensor in tensors.items()}, storage_reader=_reader(path), no_dist=alone)
+        targets = {name: as_stored(tensor) for name, tensor in tensors.items()}
+        dcp.load(targets, storage_reader=_reader(path), no_dist=alone)
 
 
 def load_full(path: Path, prefix: str = "model.") -> dict[str, Tensor]:
     """Whole tensors whose name starts with `prefix` (taken off), in this process alone."""
     with _reading(path):
-        known = _reader(path).read_metadata().state_dict_metadata
+        known = _headers(path)
         full = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in known.items() if name.startswith(prefix)
@@ -150,6 +162,11 @@ def _reader(path: Path) -> dcp.HuggingFaceStorageReader:
     return dcp.HuggingFaceStorageReader(str(path))
 
 
+def _headers(path: Path) -> dict[str, TensorStorageMetadata]:
+    found = _reader(path).read_metadata().state_dict_metadata
+    return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """A damaged shard shows as whatever its reader stumbled on; say which checkpoint it was."""
@@ -157,6 +174,5 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as error:
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be read ({cause[0][:200]}); the checkpoint is damaged") from error
+    except FAILURES as error:
+        raise CheckpointError(f"{path} cannot be read ({describe(error)}); the checkpoint is damaged") from error

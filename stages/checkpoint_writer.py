@@ -7,51 +7,50 @@ would be matched with each other.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
-import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from stages.checkpoint_files import (
+    COMMIT,
+    as_stored,
+    committed,
+    describe,
+    error_number,
+    file_entry,
+    free_bytes,
+    latest,
+    remove,
+    step_folders,
+    sync_folder,
+    write_durably,
+)
 from stages.config import CheckpointConfig
 from stages.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-COMMIT = "commit.json"
 VERSION = 1
+FAILURES = (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AssertionError, AttributeError,
+            SafetensorError, CheckpointException)  # fmt: skip
+"""What reading or writing a checkpoint may stumble on; CheckpointException is torch's, and not an Exception."""
 
-
-def committed(root: str | Path) -> list[Path]:
-    """Committed checkpoints below `root`, oldest first."""
-    root = Path(root)
-    found = [path for path in root.glob("step-*") if path.name[5:].isdigit() and (path / COMMIT).is_file()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def latest(root: str | Path) -> Path | None:
-    found = committed(root)
-    return found[-1] if found else None
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def as_stored(tensor: Tensor) -> Tensor:
-    """The shape on disk: safetensors readers cannot slice a scalar, so it is stored as one element. Shares storage."""
-    return tensor.view(1) if tensor.ndim == 0 else tensor
+# torch warns a process without a group that it takes it to be alone; here that is known.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class CheckpointWriter:
@@ -65,11 +64,11 @@ class CheckpointWriter:
         self.group = dist.new_group(backend="gloo") if world > 1 else None
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        if rank == 0 and self.root.is_dir():
-            for path in self.root.glob("step-*"):
-                if not (path / COMMIT).is_file():
+        if rank == 0:
+            for path in step_folders(self.root):
+                if not path.is_symlink() and not (path / COMMIT).is_file():
                     logger.warning("removing %s, whose writing was cut short", path)
-                    shutil.rmtree(path)
+                    remove(path)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], documents: Mapping[str, dict[str, Any] | bytes]) -> None:
         """Take a copy of `tensors` now and write it, in the background where the config says so.
@@ -109,8 +108,8 @@ class CheckpointWriter:
         problem: tuple[int, str] | None = None
         try:
             result = work()
-        except Exception as error:
-            problem = (_error_number(error), _describe(error))
+        except FAILURES as error:
+            problem = (error_number(error), describe(error))
         if self.group is not None:
             everyone: list[Any] = [None] * self.world
             dist.all_gather_object(everyone, (result, problem), group=self.group)
@@ -123,7 +122,7 @@ class CheckpointWriter:
     def _clear(self, path: Path) -> dict[str, Any]:
         if self.rank == 0:
             if path.exists():
-                _remove(path)
+                remove(path)
             path.mkdir(parents=True)
         return {}
 
@@ -131,7 +130,7 @@ class CheckpointWriter:
         writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
         own = path.glob(f"shard-{self.rank + 1:05d}-*.safetensors")
-        return {file.name: _entry(file) for file in own}
+        return {file.name: file_entry(file) for file in own}
 
     def _commit(
         self, path: Path, files: dict[str, Any], documents: dict[str, dict[str, Any] | bytes]
@@ -139,26 +138,32 @@ class CheckpointWriter:
         for name, content in documents.items():
             file = path / (name if isinstance(content, bytes) else f"{name}.json")
             data = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
-            _write_durably(file, data)
-            files[file.name] = _entry(file)
+            write_durably(file, data)
+            files[file.name] = file_entry(file)
         unlisted = {file.name for file in path.iterdir()} - set(files)
         if unlisted:
             raise RuntimeError(f"{sorted(unlisted)[0]} was written by nobody")
         mark = json.dumps({"version": VERSION, "files": files}, indent=1).encode()
-        _write_durably(path / f"{COMMIT}.part", mark)
+        write_durably(path / f"{COMMIT}.part", mark)
         (path / f"{COMMIT}.part").rename(path / COMMIT)
-        _sync_folder(path)
+        sync_folder(path)
         for old in committed(self.root)[: -self.config.keep]:
-            _remove(old)
+            self._retire(old)
         return {}
+
+    def _retire(self, old: Path) -> None:
+        """The new one is safe; that an old one stays is no reason to end a run."""
+        try:
+            remove(old)
+        except OSError as error:
+            logger.warning("could not remove the old checkpoint %s (%s)", old, error)
 
     def _explain(self, path: Path, error: _SaveError) -> str:
         last = latest(self.root)
         kept = f"the last checkpoint is {last.name}" if last else "there is no older one"
         if error.number in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(self.root if self.root.is_dir() else Path("/")).free
-            return (f"checkpoint {path} was not written: the disk is full ({free / 2**20:.0f} MiB free); {kept}; "
-                    "free some space and start again with --resume")
+            return (f"checkpoint {path} was not written: the disk is full ({free_bytes(self.root)} bytes free); "
+                    f"{kept}; free some space and start again with --resume")
         return f"checkpoint {path} was not written ({error}); {kept}; start again with --resume"
 
 
@@ -172,60 +177,6 @@ def _copy(tensor: Tensor) -> Tensor:
     """A snapshot on the CPU, so that the next optimizer step cannot reach what is being written."""
     tensor = as_stored(tensor.detach())
     if isinstance(tensor, DTensor) or tensor.device.type == "cpu":
-        copy = tensor.clone()
+        copy = tensor.clone(memory_format=torch.contiguous_format)  # safetensors writes contiguous tensors only
         return copy if copy.device.type == "cpu" else copy.cpu()
-    return tensor.cpu()
-
-
-def _entry(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
-
-
-def _remove(path: Path) -> None:
-    """Uncommit first: a removal that is cut short leaves nothing that looks whole."""
-    (path / COMMIT).unlink(missing_ok=True)
-    shutil.rmtree(path)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what caused it, with what each rank said inside torch's CheckpointException."""
-    found: list[BaseException] = []
-    queue: list[Any] = [error]
-    while queue:
-        item = queue.pop(0)
-        if isinstance(item, tuple) and item:
-            item = item[0]  # torch keeps (exception, traceback)
-        if isinstance(item, BaseException) and item not in found:
-            found.append(item)
-            failures = getattr(item, "failures", None)
-            queue += [item.__cause__, item.__context__, *(failures.values() if isinstance(failures, dict) else ())]
-    return found
-
-
-def _error_number(error: BaseException) -> int:
-    for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno:
-            return cause.errno
-        if "No space left" in str(cause) or "os error 28" in str(cause):
-            return errno.ENOSPC
-    return 0
-
-
-def _describe(error: BaseException) -> str:
-    cause = _causes(error)[-1]
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+    return tensor.cpu().contiguous()

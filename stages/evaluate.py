@@ -120,7 +120,10 @@ def choice_pairs(item: ChoiceItem) -> list[tuple[str, str]]:
     if item.task == "mmlu":
         return [(_lettered(item), f" {LETTERS[index]}") for index in range(len(item.choices))]
     context = f"{item.context.strip()}\n" if item.context.strip() else ""
-    return [(f"{context}Question: {item.question.strip()}\nAnswer:", f" {choice.strip()}") for choice in item.choices]
+    question = item.question.strip()
+    if item.task == "boolq" and not question.endswith("?"):
+        question += "?"  # the set's questions are search queries; lm_eval's prompt adds the mark too
+    return [(f"{context}Question: {question}\nAnswer:", f" {choice.strip()}") for choice in item.choices]
 
 
 def _lettered(item: ChoiceItem) -> str:

@@ -83,7 +83,8 @@ class HeldOutScores:
         fraction = self.job.held_out_fraction
         if item.kind == "chat":
             return chat_loss(scorer, held_out_chats(sources, item.max_documents, fraction))
-        return perplexity(scorer, held_out_texts(sources, item.max_documents, fraction))
+        texts = held_out_texts(sources, item.max_documents, fraction)
+        return perplexity(scorer, [_head(text, item.max_document_bytes) for text in texts])
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
@@ -93,3 +94,8 @@ class HeldOutScores:
         beside = self.path.with_name(".evaluation.json.part")
         beside.write_text(json.dumps(self.scores, indent=2) + "\n", encoding="utf-8")
         beside.replace(self.path)
+
+
+def _head(text: str, max_bytes: int | None) -> str:
+    """The start of a text, whole characters."""
+    return text if max_bytes is None else text.encode()[:max_bytes].decode(errors="ignore")

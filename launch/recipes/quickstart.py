@@ -53,9 +53,9 @@ def quickstart() -> Recipe:
         train=TrainConfig(
             log_every=5,
             held_out=(
-                HeldOutConfig(name="pretrain", sources=tuple(source.name for source in pretrain), max_documents=16),
-                HeldOutConfig(name="midtrain", sources=tuple(source.name for source in midtrain), max_documents=24),
-                HeldOutConfig(name="sft", kind="chat", sources=tuple(source.name for source in sft), max_documents=96),
+                HeldOutConfig(name="pretrain", sources=_names(pretrain), max_documents=12, max_document_bytes=8_000),
+                HeldOutConfig(name="midtrain", sources=_names(midtrain)[:2], max_documents=24, max_document_bytes=8_000),
+                HeldOutConfig(name="sft", kind="chat", sources=_names(sft), max_documents=128),
             ),
         ),
         parallel=ParallelConfig(precision="fp32", reshard_after_forward=False),
@@ -80,7 +80,8 @@ def smoke() -> Recipe:
         tokenizer=TokenizerConfig(vocab_size=512, train_bytes=200_000),
         **{name: replace(stage, data=_cut(stage.data, 200_000), **small) for name, stage in recipe.stages().items()},
         train=replace(recipe.train, log_every=1,
-                      held_out=tuple(replace(item, max_documents=4) for item in recipe.train.held_out)),
+                      held_out=tuple(replace(item, max_documents=4, max_document_bytes=1_000)
+                                     for item in recipe.train.held_out)),
         launch=LaunchConfig(workers=1),
         evaluation=replace(recipe.evaluation, tasks=(), max_new_tokens=8),
     )
@@ -92,6 +93,10 @@ def _cut(data: DataConfig, max_bytes: int) -> DataConfig:
 
 
 Sources = tuple[SourceConfig, ...]
+
+
+def _names(sources: Sources) -> tuple[str, ...]:
+    return tuple(source.name for source in sources)
 
 
 def _shared_sets() -> tuple[Sources, Sources, Sources]:

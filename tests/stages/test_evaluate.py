@@ -129,7 +129,8 @@ def test_questions_are_scored_by_the_text_of_their_answers() -> None:
     assert choice_pairs(item()) == [
         ("Question: Where is the cat?\nAnswer:", " a mat"), ("Question: Where is the cat?\nAnswer:", " on the dike"),
     ]  # fmt: skip
-    assert choice_pairs(item(context="A passage.", task="boolq"))[0][0].startswith("A passage.\nQuestion: Where")
+    given, scored = choice_pairs(item(context="A passage.", question="is it", choices=("yes", "no"), task="boolq"))[0]
+    assert (given, scored) == ("A passage.\nQuestion: is it?\nAnswer:", " yes")
 
 
 def test_hellaswag_goes_on_from_its_question_and_winogrande_scores_what_follows_the_blank() -> None:
