@@ -42,8 +42,9 @@ def resolve_tasks(names: Sequence[str], *, folder: Path | None = None, required:
 
 def score_task(loaded: LoadedModel, task: Task, *, limit: int | None) -> dict[str, float]:
     """`{metric: value, "n": count}` of DESIGN's evaluation.json."""
-    from stages.evaluate import multiple_choice, perplexity
+    from stages.evaluate import few_shot_items, multiple_choice, perplexity
 
     if task.is_choice:
-        return multiple_choice(loaded, read_choice_items(task.path)[:limit])
+        items = read_choice_items(task.path)[:limit]
+        return multiple_choice(loaded, items, few_shot=few_shot_items(task.path))
     return perplexity(loaded, read_texts(task.path)[:limit])
