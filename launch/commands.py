@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.cli import Parser
 from launch.config import EvaluationConfig, Recipe, load_recipe
@@ -14,6 +15,9 @@ from launch.rundir import open_run, write_json
 from launch.runner import train_stages
 from stages.config import STAGES, StageName
 from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from stages.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +97,16 @@ def _remove_old(target: Path) -> None:
         shutil.rmtree(target)
 
 
-def _evaluate(config: EvaluationConfig, loaded) -> dict[str, dict[str, float]]:  # type: ignore[no-untyped-def]
+def _evaluate(config: EvaluationConfig, loaded: LoadedModel) -> dict[str, dict[str, float]]:
     from launch.tasks import resolve_tasks, score_task
 
     return {task.key: score_task(loaded, task, limit=config.limit) for task in resolve_tasks(config.tasks, required=False)}
 
 
-def continue_text(loaded, prompt: str, max_new_tokens: int) -> str:  # type: ignore[no-untyped-def]
+def continue_text(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> str:
     """Greedy continuation. A prompt that starts with `user:` is asked as a conversation."""
-    from modeling.generate import generate
-
     from data_pipeline.chat import render_prompt
+    from modeling.generate import generate
 
     tokenizer = loaded.tokenizer
     if prompt.startswith("user:"):

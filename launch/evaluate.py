@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
 
 from launch.cli import Parser, run  # noqa: E402
+from launch.tasks import Task  # noqa: E402
 
 
 def main() -> None:
@@ -28,14 +29,14 @@ def main() -> None:
     evaluate(options.model, tasks, options.limit, options.output)
 
 
-def evaluate(model, tasks, limit, output) -> None:  # type: ignore[no-untyped-def]
+def evaluate(model: Path, tasks: list[Task], limit: int | None, output: Path) -> None:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
-    from stages.loading import load_model
 
     from launch.rundir import write_json
     from launch.tasks import score_task
+    from stages.loading import load_model
 
     loaded = load_model(model)
     bar = track(tasks, description="scoring", console=Console(stderr=True), disable=not sys.stderr.isatty())

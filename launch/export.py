@@ -44,11 +44,10 @@ def main() -> None:
 def _export_random(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     if not options.random_weights:
         raise InputError("--recipe has no weights; add --random-weights for an untrained model, or give --checkpoint")
+    from launch.config import load_recipe
     from modeling.decoder import Decoder
     from modeling.hf_convert import save_hf
     from modeling.init import init_weights
-
-    from launch.config import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
     model = Decoder(recipe.model)

@@ -23,10 +23,9 @@ def main() -> None:
     options, _ = parser.parse()
     if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         raise InputError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
+    from data_pipeline.chat import render_prompt
     from modeling.generate import generate
     from stages.loading import load_model
-
-    from data_pipeline.chat import render_prompt
 
     loaded = load_model(options.model)
     tokenizer = loaded.tokenizer

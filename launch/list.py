@@ -27,7 +27,8 @@ def main() -> None:
     from rich.table import Table
 
     table = Table(title=f"families, at a context of {options.context} tokens")
-    for heading in ("family", "layers", "hidden", "heads/kv", "params", "active", "MFLOPs/token", "INT4 MB", "bf16 MB", "KV MB (int8)"):
+    for heading in ("family", "layers", "hidden", "heads/kv", "params", "active", "MFLOPs/token", "INT4 MB", "bf16 MB",
+                    "KV MB (int8)"):
         table.add_column(heading, justify="left" if heading == "family" else "right", no_wrap=True)
     for row in rows["families"]:
         table.add_row(

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from stages.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from stages.run import StageJob
 
     from launch.config import LaunchConfig
 
@@ -106,10 +105,10 @@ def _worker(config: dict[str, Any]) -> None:
     import ray
     import torch
     from ray.experimental.internal_kv import _internal_kv_put
-    from stages.distributed import init_process, shutdown
-    from stages.run import StageJob, run_stages
 
     from launch.log_setup import set_up_logging
+    from stages.distributed import init_process, shutdown
+    from stages.run import StageJob, run_stages
 
     launch: LaunchConfig = config["launch"]
     key = config["error_key"]
@@ -161,7 +160,7 @@ def _cluster(launch: LaunchConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, gone with this process
         cpus = max(1, int(launch.workers * launch.cpus_per_worker + 0.999))
         gpus = launch.workers * launch.gpus_per_worker
-        ray.init(address="local", num_cpus=cpus, num_gpus=gpus or None, include_dashboard=False,
+        ray.init(address="local", num_cpus=cpus, num_gpus=int(gpus + 0.999) or None, include_dashboard=False,
                  object_store_memory=200 * 2**20, **quiet)
     importer.join()
     try:

@@ -71,7 +71,7 @@ def choose_runner(launch: LaunchConfig) -> str:
         if launch.runner == "ray":
             raise InputError("launch.runner=ray under torchrun; start the command with python, or set launch.runner=local")
         if torchrun_world != launch.workers:
-            raise InputError(f"torchrun started {torchrun_world} processes but launch.workers={launch.workers}; make them equal")
+            raise InputError(f"torchrun started {torchrun_world} processes, launch.workers={launch.workers}; make them equal")
         return "local"
     if launch.runner == "auto":
         return "ray" if launch.workers > 1 or os.environ.get("RAY_ADDRESS") else "local"
@@ -87,10 +87,10 @@ def _is_first() -> bool:
 
 def _run_here(jobs: list[dict[str, Any]], recipe: Recipe) -> None:
     import torch
-    from stages.distributed import init_process, shutdown
-    from stages.run import StageJob, run_stages
 
     from launch.log_setup import set_up_logging
+    from stages.distributed import init_process, shutdown
+    from stages.run import StageJob, run_stages
 
     if recipe.launch.threads_per_worker:
         torch.set_num_threads(recipe.launch.threads_per_worker)

@@ -64,7 +64,8 @@ class ModelConfig:
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """The attention kind of every stored block."""
-        return self.attention or ("full",) * self.num_layers
+        full: tuple[AttentionKind, ...] = ("full",)
+        return self.attention or full * self.num_layers
 
     @property
     def num_executed_layers(self) -> int:

@@ -1,8 +1,8 @@
 """The published sizes of the dense families, name to `ModelConfig`.
 
 MobileLLM and -LS: arXiv 2402.14905 and its repository. -R1: arXiv 2509.24945. -Pro: arXiv 2511.06719.
--Flash: arXiv 2603.15954. Pro's and Flash's RoPE base and use of QK-norm were not published where we could read them; we take 500,000
-(Llama 3's) and no QK-norm. Flash's vocabulary is inferred from its parameter counts.
+-Flash: arXiv 2603.15954. Pro's and Flash's RoPE base and use of QK-norm were not published where we could read them;
+we take 500,000 (Llama 3's) and no QK-norm. Flash's vocabulary is inferred from its parameter counts.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from modeling.decoder import Decoder
-
 from modeling.config import ModelConfig
+from modeling.decoder import Decoder
 from stages.config import StageConfig, StageName
 from stages.errors import InputError
 

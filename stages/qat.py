@@ -7,7 +7,6 @@ arXiv 2511.06719), and the held-out score before the first step is that of plain
 from __future__ import annotations
 
 from modeling.decoder import Decoder
-
 from quant.apply import prepare as quantize
 from stages.config import StageConfig
 from stages.errors import InputError

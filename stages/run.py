@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from modeling.decoder import Decoder
-from modeling.init import init_weights
 from torch.distributed.device_mesh import DeviceMesh
 
 from data_pipeline.loader import BatchLoader
 from data_pipeline.prepare import PreparedStage, prepare_stage
 from data_pipeline.tokenizer import Tokenizer
 from modeling.config import ModelConfig
+from modeling.decoder import Decoder
+from modeling.init import init_weights
 from quant.apply import prepare as quantize
 from quant.spec import QuantSpec
 from stages.checkpoint import CheckpointWriter, latest, read_document
@@ -233,7 +234,7 @@ class _Saver:
             data_fingerprint=self.data.fingerprint, tokens_seen=self.parent_tokens + tokens, stage=job.stage, step=step,
             revision=code_revision(),
         )  # fmt: skip
-        documents = {
+        documents: dict[str, dict[str, Any] | bytes] = {
             "model": model_document(self.start.model, job.config.quant), "state": state.to_dict(),
             "lineage": lineage.to_dict(), "tokenizer.json": self.tokenizer.to_json().encode(),
         }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig, TokenizerConfig
 from launch.config import EvaluationConfig, LaunchConfig, Recipe
@@ -17,7 +18,7 @@ from modeling.families import FAMILIES
 from stages.config import CheckpointConfig, DistillConfig, OptimConfig, ParallelConfig, StageConfig, TrainConfig
 
 
-def _hf(name: str, path: str, subset: str = "", *, license: str = "", gated: bool = False, **more: str) -> SourceConfig:
+def _hf(name: str, path: str, subset: str = "", *, license: str = "", gated: bool = False, **more: Any) -> SourceConfig:
     return SourceConfig(name=name, path=path, subset=subset, format="hf", license=license, gated=gated, **more)
 
 
@@ -59,7 +60,8 @@ TULU = _hf("tulu3", "allenai/tulu-3-sft-olmo-2-mixture-0225", license="ODC-BY ov
 
 def mixture(table: tuple[tuple[SourceConfig, float, float], ...], phase: int) -> tuple[SourceConfig, ...]:
     """The sources of phase 1 or 2 with their published weights."""
-    return tuple(replace(row[0], weight=row[phase]) for row in table if row[phase] > 0)
+    shares = [(source, (first, second)[phase - 1]) for source, first, second in table]
+    return tuple(replace(source, weight=share) for source, share in shares if share > 0)
 
 
 def mobilellm_r1(name: str, phase: int) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig, TokenizerConfig
 from launch.config import EvaluationConfig, LaunchConfig, Recipe
@@ -28,7 +29,7 @@ def quickstart() -> Recipe:
     """
     folder = os.environ.get("POCKETFORGE_DATA")
     pretrain, midtrain, sft = _shared_sets() if folder and Path(folder).is_dir() else _embedded_sets()
-    long = dict(rope_theta=20_000.0, max_positions=512)
+    long: dict[str, Any] = dict(rope_theta=20_000.0, max_positions=512)
     return Recipe(
         name="quickstart",
         model=MODEL,
@@ -72,13 +73,16 @@ def smoke() -> Recipe:
     recipe = quickstart()
     tiny = replace(recipe.model, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=128,
                    vocab_size=512)
-    small = dict(steps=4, seq_len=64, global_batch=4)
+    small: dict[str, Any] = dict(steps=4, seq_len=64, global_batch=4)
+    stages: dict[str, Any] = {
+        name: replace(stage, data=_cut(stage.data, 200_000), **small) for name, stage in recipe.stages().items()
+    }
     return replace(
         recipe,
         name="smoke",
         model=tiny,
         tokenizer=TokenizerConfig(vocab_size=512, train_bytes=200_000),
-        **{name: replace(stage, data=_cut(stage.data, 200_000), **small) for name, stage in recipe.stages().items()},
+        **stages,
         train=replace(recipe.train, log_every=1,
                       held_out=tuple(replace(item, max_documents=4, max_document_bytes=1_000)
                                      for item in recipe.train.held_out)),

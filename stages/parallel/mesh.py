@@ -16,6 +16,10 @@ def check_world(config: ParallelConfig, world: int) -> None:
             f"parallel.replicate={config.replicate} with {world} workers: expected a divisor of the number of workers; "
             "change parallel.replicate or launch.workers"
         )
+    if config.library == "torchtitan":
+        from stages.parallel import titan
+
+        titan.check_installed()
 
 
 def build_mesh(config: ParallelConfig, process: Process) -> DeviceMesh | None:

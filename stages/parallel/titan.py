@@ -25,7 +25,6 @@ VERSION = "0.2.2"
 
 def build_mesh(config: ParallelConfig, process: Process) -> DeviceMesh:
     """The mesh that torchtitan's `ParallelDims` lays out for FSDP or HSDP."""
-    _import("torchtitan", process.device)
     dims = _import("torchtitan.distributed", process.device).ParallelDims(
         dp_replicate=config.replicate, dp_shard=process.world // config.replicate, cp=1, tp=1, pp=1, ep=1, etp=1,
         world_size=process.world,
@@ -39,20 +38,32 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"), foreach=True)
 
 
+def check_installed() -> None:
+    """Raises InputError where torchtitan is missing or of another version."""
+    try:
+        found = importlib.metadata.version("torchtitan")
+    except importlib.metadata.PackageNotFoundError:
+        raise _cannot_load("it is not installed") from None
+    if found != VERSION:
+        raise InputError(f"parallel.library=torchtitan found version {found}; expected {VERSION}: pip install "
+                         f"torchtitan=={VERSION}, or set parallel.library=torch")  # fmt: skip
+
+
+def _cannot_load(why: str) -> InputError:
+    return InputError(
+        f"parallel.library=torchtitan cannot be loaded ({why}); pip install torchtitan=={VERSION} triton "
+        "(the triton of your torch: 3.6.0 for 2.11, 3.7.1 for 2.13), or set parallel.library=torch"
+    )
+
+
 def _import(name: str, device: torch.device) -> Any:
     if name in sys.modules:
         return sys.modules[name]
+    check_installed()
     try:
-        found = importlib.metadata.version("torchtitan")
-        if found != VERSION:
-            raise InputError(f"parallel.library=torchtitan found version {found}; expected {VERSION}: pip install "
-                             f"torchtitan=={VERSION}, or set parallel.library=torch")  # fmt: skip
         module = importlib.import_module(name)
-    except (ImportError, importlib.metadata.PackageNotFoundError) as error:
-        raise InputError(
-            f"parallel.library=torchtitan cannot be loaded ({error}); pip install torchtitan=={VERSION} triton "
-            "(the triton of your torch: 3.6.0 for 2.11, 3.7.1 for 2.13), or set parallel.library=torch"
-        ) from None
+    except ImportError as error:
+        raise _cannot_load(str(error)) from None
     _set_device_type(device)
     return module
 
