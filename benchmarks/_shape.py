@@ -45,6 +45,8 @@ class StepClock:
     """Notes the time after every optimizer step of this process, whoever's loop calls it."""
 
     times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)
+    """Of all threads of this process: says what a step costs even where other programs take the cores."""
 
     def start(self) -> None:
         """One hook for every optimizer in torch: the same instrument for every contender."""
@@ -55,6 +57,7 @@ class StepClock:
     def _tick(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if isinstance(optimizer, torch.optim.AdamW):  # and not a container around it that counts as an optimizer too
             self.times.append(time.perf_counter())
+            self.cpu_times.append(time.process_time())
 
     def durations(self, steps: int) -> list[float]:
         """Seconds from each step's end to the next one's: all that a loop does for a step is in between.
@@ -63,7 +66,15 @@ class StepClock:
         """
         if len(self.times) != steps:
             raise RuntimeError(f"the loop took {len(self.times)} optimizer steps; expected {steps}")
-        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        return _differences(self.times)
+
+    def cpu_durations(self) -> list[float]:
+        """CPU seconds of the same intervals."""
+        return _differences(self.cpu_times)
+
+
+def _differences(times: list[float]) -> list[float]:
+    return [b - a for a, b in zip(times, times[1:], strict=False)]
 
 
 def save_rows(folder: Path, steps: int) -> None:
@@ -86,5 +97,5 @@ def load_rows(folder: Path) -> dict[str, torch.Tensor]:
 
 def report(folder: Path, name: str, clock: StepClock, steps: int, **more: Any) -> None:
     """Leave the result for the parent process."""
-    result = {"durations": clock.durations(steps), **more}
+    result = {"durations": clock.durations(steps), "cpu_durations": clock.cpu_durations(), **more}
     (folder / f"{name}.json").write_text(json.dumps(result))
