@@ -12,6 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+
+class LeanTrainer(DataParallelTrainer):
+    """Ray Train's trainer less two helper actors that we have no use for; each imports Ray Train in a process of its own.
+
+    One hands out Ray datasets, of which there are none here. The other frees the placement group of a driver that died;
+    a head of our own dies with the driver.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        dropped: tuple[type, ...] = (DatasetsCallback,)
+        if not os.environ.get("RAY_ADDRESS"):
+            dropped = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, dropped)]
 
 
 @dataclass

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from stages.errors import InputError, RunError
 
 if TYPE_CHECKING:
-
     from launch.config import LaunchConfig
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,12 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in every process
+}
+LOCAL_HEAD_ENVIRONMENT = {
+    # Actors and exporters that watch a shared cluster; each costs a process that imports Ray Train.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 
 
@@ -44,17 +48,18 @@ def run_on_ray(jobs: list[dict[str, Any]], launch: LaunchConfig, timeout_seconds
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.update(LOCAL_HEAD_ENVIRONMENT)
     with _cluster(launch):
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from launch.ray_backend import GroupConfig
+        from launch.ray_backend import GroupConfig, LeanTrainer
 
         key = f"pocketforge-error-{uuid.uuid4().hex}"
         resources = {"CPU": launch.cpus_per_worker}
         if launch.gpus_per_worker:
             resources["GPU"] = launch.gpus_per_worker
-        trainer = DataParallelTrainer(
+        trainer = LeanTrainer(
             _worker,
             train_loop_config={"jobs": jobs, "error_key": key, "timeout_seconds": timeout_seconds, "launch": launch},
             backend_config=GroupConfig(),

@@ -21,13 +21,15 @@ def run_distributed(
     `function` must be importable by name (top level of a test module). An exception in any process ends all of them
     and is raised here as RuntimeError with that process's traceback; so is a process that dies, or the time-out.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     answers = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
-        context.Process(target=_entry, args=(function, args, rank, world, port, backend, answers), daemon=True)
+        context.Process(target=_entry, args=(function, args, rank, world, environment, backend, answers),
+                        daemon=True)
         for rank in range(world)
     ]
     for process in processes:
@@ -57,11 +59,19 @@ def run_distributed(
     return [results[rank] for rank in range(world)]
 
 
+def _context() -> Any:
+    """New processes are forked from one clean process that has imported torch, which takes seconds, once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint"])
+    return context
+
+
 def _entry(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, port: int, backend: str, answers: Any
-) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))  # fmt: skip
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, environment: dict[str, str],
+    backend: str, answers: Any,
+) -> None:  # fmt: skip
+    os.environ.clear()  # what the server was started with; this is what the caller has now
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     import torch
     import torch.distributed as dist
 

@@ -1,0 +1,59 @@
+"""A job submitted to a head started as docs/cluster.md says, through Ray Train, on two workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path_factory.mktemp("r"))}
+    dashboard = free_port()
+    start = subprocess.run(
+        [RAY, "start", "--head", "--port", str(free_port()), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
+         "--num-cpus", "2", "--disable-usage-stats"],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert start.returncode == 0, start.stderr
+    yield f"http://127.0.0.1:{dashboard}"
+    subprocess.run([RAY, "stop", "--force"], env=environment, capture_output=True, timeout=60)
+
+
+def submit(head: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--", sys.executable, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_submitted_job_trains_on_two_workers_and_a_wrong_one_fails_with_its_line(head: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = submit(head, "launch/pretrain.py", "--recipe", "smoke", "--launch.workers", "2", "--output-dir", str(output))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = [json.loads(line) for line in (output / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    state = json.loads((output / "pretrain" / "checkpoints" / "step-000004" / "state.json").read_text())
+    assert state["world"] == 2
+
+    wrong = submit(head, "launch/pretrain.py", "--recipe", "smoke", "--launch.workers", "4", "--output-dir", str(tmp_path / "w"))
+    assert wrong.returncode == 1
+    assert "need 4 CPUs, the cluster has 2" in wrong.stdout + wrong.stderr
