@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from launch.cli import Parser
 from launch.config import EvaluationConfig, Recipe, load_recipe
 from launch.rundir import open_run, write_json
-from launch.runner import train_stages
+from launch.runner import is_first, train_stages
 from stages.config import STAGES, StageName
 from stages.errors import InputError
 
@@ -34,7 +34,8 @@ def stage_command(stage: StageName, doc: str | None) -> None:
     directory = options.output_dir or Path("runs") / recipe.name
     with open_run(recipe, directory, resume=options.resume):
         train_stages(recipe, directory, [stage], init_from=options.init_from)
-        _finish(directory)
+        if is_first():
+            _finish(directory)
 
 
 def recipe_command(doc: str | None) -> None:
@@ -49,6 +50,8 @@ def recipe_command(doc: str | None) -> None:
     started = time.monotonic()
     with open_run(recipe, directory, resume=options.resume):
         train_stages(recipe, directory, names, init_from=None)
+        if not is_first():
+            return
         _say(f"trained in {time.monotonic() - started:.0f} s")
         export_and_evaluate(recipe.evaluation, directory, names)
         _finish(directory)

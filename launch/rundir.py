@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,13 @@ FREE = ("launch", "checkpoint", "tracking", "evaluation", "train.log_every", "tr
 
 @contextmanager
 def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Iterator[Path]:
-    """Hold `directory` for this run. Raises InputError where another run, or another process, has it."""
+    """Hold `directory` for this run. Raises InputError where another run, or another process, has it.
+
+    Under torchrun the first process holds it for all.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield directory
+        return
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--output-dir {directory} is a file; name a folder")
     saved = directory / "recipe.toml"

@@ -22,7 +22,7 @@ def train_stages(recipe: Recipe, directory: Path, names: Sequence[StageName], *,
     """Run these stages, each from the one before, on the runner that the recipe asks for."""
     jobs = build_jobs(recipe, directory, names, init_from=init_from)
     runner = choose_runner(recipe.launch)
-    with follow_progress(directory, {job["stage"]: job["config"].steps for job in jobs}, enabled=_is_first()):
+    with follow_progress(directory, {job["stage"]: job["config"].steps for job in jobs}, enabled=is_first()):
         if runner == "ray":
             from launch.ray_runner import run_on_ray
 
@@ -81,7 +81,8 @@ def choose_runner(launch: LaunchConfig) -> str:
     return launch.runner
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes: torchrun starts the command once a worker."""
     return os.environ.get("RANK", "0") == "0"
 
 
