@@ -22,7 +22,7 @@ level for 200 steps (docs/log.md)."""
 
 
 def quickstart() -> Recipe:
-    """Four stages of a 1.9M-parameter MobileLLM on real text: minutes on two cores, on two Ray workers with FSDP.
+    """Four stages of a 1.8M-parameter MobileLLM on real text: minutes on two cores, on two Ray workers with FSDP.
 
     python launch/recipe.py --recipe quickstart
 

@@ -43,7 +43,7 @@ def test_none_unsets_an_optional_key() -> None:
     [
         ({"train.stepz": "20"}, ["train.stepz", "did you mean", "train.steps"]),
         ({"train.steps": "many"}, ["train.steps", "many", "integer"]),
-        ({"model.num_kv_heads": "2"}, ["num_heads=2", "num_kv_heads=3", "divisor"]),
+        ({"model.num_kv_heads": "3"}, ["num_heads=2", "num_kv_heads=3", "divisor"]),
         ({"pretrain.optim.schedule": "round"}, ["schedule", "round", "cosine"]),
         ({"launch.workers": "3"}, ["global_batch=8", "launch.workers=3"]),
         ({"launch.workers": "0"}, ["launch.workers=0"]),
