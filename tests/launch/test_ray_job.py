@@ -29,8 +29,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = {**os.environ, "RAY_TMPDIR": str(tmp_path_factory.mktemp("r"))}
     dashboard = free_port()
     start = subprocess.run(
-        [RAY, "start", "--head", "--port", str(free_port()), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
-         "--num-cpus", "2", "--disable-usage-stats"],
+        [RAY, "start", "--head", "--port", str(free_port()), "--dashboard-host", "127.0.0.1",
+         "--dashboard-port", str(dashboard), "--num-cpus", "2", "--disable-usage-stats"],
         env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert start.returncode == 0, start.stderr
@@ -54,6 +54,7 @@ def test_a_submitted_job_trains_on_two_workers_and_a_wrong_one_fails_with_its_li
     state = json.loads((output / "pretrain" / "checkpoints" / "step-000004" / "state.json").read_text())
     assert state["world"] == 2
 
-    wrong = submit(head, "launch/pretrain.py", "--recipe", "smoke", "--launch.workers", "4", "--output-dir", str(tmp_path / "w"))
+    wrong = submit(head, "launch/pretrain.py", "--recipe", "smoke", "--launch.workers", "4",
+                   "--output-dir", str(tmp_path / "wrong"))  # fmt: skip
     assert wrong.returncode == 1
     assert "need 4 CPUs, the cluster has 2" in wrong.stdout + wrong.stderr
