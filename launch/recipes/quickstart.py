@@ -37,28 +37,28 @@ def quickstart() -> Recipe:
         model=MODEL,
         tokenizer=TokenizerConfig(vocab_size=MODEL.vocab_size, train_bytes=3_000_000),
         pretrain=StageConfig(
-            data=DataConfig(sources=pretrain), seq_len=256, global_batch=8, steps=500,
+            data=DataConfig(sources=pretrain), seq_len=256, global_batch=8, steps=420,
             optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=20, min_lr_ratio=0.1),
         ),
         midtrain=StageConfig(
-            data=DataConfig(sources=midtrain), seq_len=512, global_batch=4, steps=200, **long,
+            data=DataConfig(sources=midtrain), seq_len=512, global_batch=4, steps=170, **long,
             optim=OptimConfig(lr=2e-3, schedule="linear", warmup_steps=5),
         ),
         sft=StageConfig(
-            data=DataConfig(sources=sft, kind="chat"), seq_len=512, global_batch=8, steps=110, **long,
+            data=DataConfig(sources=sft, kind="chat"), seq_len=512, global_batch=8, steps=90, **long,
             optim=OptimConfig(lr=1e-3, schedule="linear", warmup_steps=5, weight_decay=0.0),
         ),
         qat=StageConfig(
-            data=DataConfig(sources=sft, kind="chat"), seq_len=512, global_batch=8, steps=50, **long,
+            data=DataConfig(sources=sft, kind="chat"), seq_len=512, global_batch=8, steps=36, **long,
             optim=OptimConfig(lr=2e-4, schedule="cosine", warmup_steps=3, weight_decay=0.0),
             distill=DistillConfig(teacher="init"), quant=QuantSpec(),
         ),
         train=TrainConfig(
             log_every=5,
             held_out=(
-                HeldOutConfig(name="pretrain", sources=_names(pretrain), max_documents=12, max_document_bytes=8_000),
-                HeldOutConfig(name="midtrain", sources=_names(midtrain)[:2], max_documents=24, max_document_bytes=8_000),
-                HeldOutConfig(name="sft", kind="chat", sources=_names(sft), max_documents=128),
+                HeldOutConfig(name="pretrain", sources=_names(pretrain), max_documents=10, max_document_bytes=8_000),
+                HeldOutConfig(name="midtrain", sources=_names(midtrain)[:2], max_documents=16, max_document_bytes=8_000),
+                HeldOutConfig(name="sft", kind="chat", sources=_names(sft), max_documents=96),
             ),
         ),
         parallel=ParallelConfig(precision="fp32", reshard_after_forward=False),
