@@ -100,7 +100,10 @@ class CheckpointWriter:
         except _SaveError as error:
             if self.rank == 0:
                 shutil.rmtree(path, ignore_errors=True)  # uncommitted, so nobody misses it; the cause is what is told
-            raise RunError(self._explain(path, error)) from error
+            message = [self._explain(path, error)]
+            if self.group is not None:  # free space is not the same twice: all ranks say what the first one saw
+                dist.broadcast_object_list(message, src=0, group=self.group)
+            raise RunError(message[0]) from error
 
     def _together(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Do the work on every rank and merge what they return; an error on one is an error on all."""
