@@ -31,6 +31,12 @@ class ConversionError(ValueError):
     """A model that a layout cannot express, or a file that is not of a layout we know."""
 
 
+# What a config.json that leaves a key out means: the defaults of the class that reads it, which differ.
+_OMITTED: dict[Layout, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": 2048},
+    "mobilellm": {"rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "max_position_embeddings": 2048},
+    "llama4": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "max_position_embeddings": 131_072, "head_dim": 128},
+}
 _NAMES = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -227,6 +233,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> tuple[ModelConfig, Layout]:
     if hf.get("model_type") not in kinds:
         raise ConversionError(f"model_type={hf.get('model_type')!r} is not one of {', '.join(kinds)}")
     layout = kinds[hf["model_type"]]
+    hf = {**_OMITTED[layout], **hf}
     _refuse_unknown(hf, layout)
     heads = int(_need(hf, "num_attention_heads"))
     rope = hf.get("rope_parameters") or {}
@@ -238,9 +245,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> tuple[ModelConfig, Layout]:
             num_kv_heads=hf.get("num_key_value_heads") or heads,
             ffn_size=_need(hf, "intermediate_size_mlp" if layout == "llama4" else "intermediate_size"),
             head_dim=hf.get("head_dim") or _need(hf, "hidden_size") // heads,
-            max_positions=hf.get("max_position_embeddings", 2048),
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
-            norm_eps=hf.get("rms_norm_eps", 1e-5), init_std=hf.get("initializer_range", 0.02),
+            max_positions=_need(hf, "max_position_embeddings"),
+            rope_theta=float(rope.get("rope_theta") or hf["rope_theta"]),
+            norm_eps=float(hf["rms_norm_eps"]), init_std=hf.get("initializer_range", 0.02),
             tie_embeddings=bool(tied), qk_norm=layout == "llama4" and bool(hf.get("use_qk_norm", True)),
             block_repeat=2 if hf.get("layer_sharing") else 1,
         ), layout  # fmt: skip

@@ -45,13 +45,14 @@ def agree(ours: Decoder, theirs: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_random_llama_of_transformers_gives_its_logits_in_our_decoder(tied: bool) -> None:
+def test_a_random_llama_of_transformers_gives_its_logits_in_our_decoder(tied: bool, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hf = LlamaConfig(vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
                      num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=tied)
     theirs = randomise(LlamaForCausalLM(hf))
-    config, state = from_hf(hf.to_dict(), theirs.state_dict())
+    theirs.save_pretrained(tmp_path)
+    config, state = load_hf(tmp_path)
     assert config.tie_embeddings is tied
     agree(decoder(config, state), theirs)
 
@@ -68,12 +69,13 @@ def llama4_config():  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def test_a_random_llama4_text_model_of_transformers_gives_its_logits_in_our_decoder() -> None:
+def test_a_random_llama4_text_model_of_transformers_gives_its_logits_in_our_decoder(tmp_path: Path) -> None:
     from transformers import Llama4ForCausalLM
 
     hf = llama4_config()
     theirs = randomise(Llama4ForCausalLM(hf))
-    config, state = from_hf(hf.to_dict(), theirs.state_dict())
+    theirs.save_pretrained(tmp_path)
+    config, state = load_hf(tmp_path)
     assert config.qk_norm
     agree(decoder(config, state), theirs)
 
@@ -98,6 +100,21 @@ def test_export_and_import_is_the_identity(config: ModelConfig, tmp_path: Path) 
     again, state = load_hf(tmp_path / "hf")
     assert again == config
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_key_left_out_means_what_transformers_takes_it_to_mean() -> None:
+    from transformers import Llama4TextConfig, LlamaConfig
+
+    for layout, kind, config in (("llama", LlamaConfig, TINY), ("llama4", Llama4TextConfig, replace(TINY, qk_norm=True))):
+        hf, _ = to_hf(config, {}, layout)  # type: ignore[arg-type]
+        left_out = ("rms_norm_eps", "rope_theta", "rope_parameters", "head_dim", "max_position_embeddings",
+                    "initializer_range", "tie_word_embeddings")
+        short = {key: value for key, value in hf.items() if key not in left_out}
+        theirs = kind(**{key: value for key, value in short.items() if key not in ("architectures", "model_type")})
+        ours = config_from_hf({**short, "attention_chunk_size": 2**20})[0]
+        assert ours.norm_eps == theirs.rms_norm_eps and ours.rope_theta == dict(theirs.rope_parameters or {})["rope_theta"]
+        assert ours.head_dim == theirs.head_dim and ours.max_positions == theirs.max_position_embeddings
+        assert ours.init_std == theirs.initializer_range and ours.tie_embeddings == theirs.tie_word_embeddings
 
 
 def test_mobilellm_ties_by_its_own_key() -> None:
