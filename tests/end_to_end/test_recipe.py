@@ -135,7 +135,8 @@ def test_a_nan_loss_ends_the_run_with_one_line_and_status_1(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_worker_killed_in_mid_run_is_restarted_and_the_losses_are_the_same(tmp_path: Path) -> None:
     """Two Ray workers; rank 1 is killed with SIGKILL; Ray Train restarts the group, which resumes from a checkpoint."""
-    options = ["--recipe", "smoke", "--launch.workers", "2", "--train.steps", "60", "--checkpoint.every", "10"]
+    options = ["--recipe", "smoke", "--launch.workers", "2", "--train.steps", "60", "--checkpoint.every", "10",
+               "--train.held_out", "[]", "--tracking.wandb", "disabled"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     plain = launch("pretrain", *options, "--output-dir", str(whole))
     assert plain.returncode == 0, plain.stderr
