@@ -63,12 +63,13 @@ class CheckpointWriter:
         self.root, self.config, self.rank, self.world = Path(root), config, rank, world
         self.group = dist.new_group(backend="gloo") if world > 1 else None
         self._pending: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=partial(_enter, device))
         if rank == 0:
             for path in step_folders(self.root):
                 if not path.is_symlink() and not (path / COMMIT).is_file():
                     logger.warning("removing %s, whose writing was cut short", path)
-                    remove(path)
+                    self._retire(path)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], documents: Mapping[str, dict[str, Any] | bytes]) -> None:
         """Take a copy of `tensors` now and write it, in the background where the config says so.
@@ -100,19 +101,19 @@ class CheckpointWriter:
         except _SaveError as error:
             if self.rank == 0:
                 shutil.rmtree(path, ignore_errors=True)  # uncommitted, so nobody misses it; the cause is what is told
-            message = [self._explain(path, error)]
-            if self.group is not None:  # free space is not the same twice: all ranks say what the first one saw
-                dist.broadcast_object_list(message, src=0, group=self.group)
-            raise RunError(message[0]) from error
+            raise RunError(self._explain(path, error)) from error
+        except RuntimeError as error:  # gloo's, of a collective that lost its peer
+            raise RunError(f"checkpoint {path} was not written: a worker was lost ({describe(error)}); start again "
+                           "with --resume") from error  # fmt: skip
 
     def _together(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Do the work on every rank and merge what they return; an error on one is an error on all."""
         result: dict[str, Any] = {}
-        problem: tuple[int, str] | None = None
+        problem: tuple[int, str, int] | None = None
         try:
             result = work()
         except FAILURES as error:
-            problem = (error_number(error), describe(error))
+            problem = (error_number(error), describe(error), free_bytes(self.root))  # before anything is removed
         if self.group is not None:
             everyone: list[Any] = [None] * self.world
             dist.all_gather_object(everyone, (result, problem), group=self.group)
@@ -138,42 +139,52 @@ class CheckpointWriter:
     def _commit(
         self, path: Path, files: dict[str, Any], documents: dict[str, dict[str, Any] | bytes]
     ) -> dict[str, Any]:
+        seen = {file.name: file.stat().st_size for file in path.iterdir()}
+        if seen != {name: entry["bytes"] for name, entry in files.items()}:
+            raise RuntimeError(f"worker 0 sees other files in {path} than {self.world} workers wrote; expected one folder "
+                               "that all machines share")  # fmt: skip
         for name, content in documents.items():
             file = path / (name if isinstance(content, bytes) else f"{name}.json")
             data = content if isinstance(content, bytes) else json.dumps(content, indent=1).encode()
             write_durably(file, data)
             files[file.name] = file_entry(file)
-        unlisted = {file.name for file in path.iterdir()} - set(files)
-        if unlisted:
-            raise RuntimeError(f"{sorted(unlisted)[0]} was written by nobody")
         mark = json.dumps({"version": VERSION, "files": files}, indent=1).encode()
         write_durably(path / f"{COMMIT}.part", mark)
         (path / f"{COMMIT}.part").rename(path / COMMIT)
         sync_folder(path)
+        sync_folder(self.root)
         for old in committed(self.root)[: -self.config.keep]:
             self._retire(old)
         return {}
 
     def _retire(self, old: Path) -> None:
-        """The new one is safe; that an old one stays is no reason to end a run."""
+        """Remove what is not needed; that it stays is no reason to end a run."""
         try:
             remove(old)
         except OSError as error:
-            logger.warning("could not remove the old checkpoint %s (%s)", old, error)
+            logger.warning("could not remove %s (%s)", old, error)
 
     def _explain(self, path: Path, error: _SaveError) -> str:
         last = latest(self.root)
         kept = f"the last checkpoint is {last.name}" if last else "there is no older one"
         if error.number in (errno.ENOSPC, errno.EDQUOT):
-            return (f"checkpoint {path} was not written: the disk is full ({free_bytes(self.root)} bytes free); "
+            return (f"checkpoint {path} was not written: the disk is full ({error.free} bytes free); "
                     f"{kept}; free some space and start again with --resume")
         return f"checkpoint {path} was not written ({error}); {kept}; start again with --resume"
 
 
 class _SaveError(Exception):
-    def __init__(self, number: int, text: str) -> None:
+    """The first problem that any rank had: errno or 0, one line, and the bytes that were free just then."""
+
+    def __init__(self, number: int, text: str, free: int) -> None:
         super().__init__(text)
-        self.number = number
+        self.number, self.free = number, free
+
+
+def _enter(device: int | None) -> None:
+    """A new thread is on GPU 0; on this process's own it makes no second context."""
+    if device is not None:
+        torch.cuda.set_device(device)
 
 
 def _copy(tensor: Tensor) -> Tensor:

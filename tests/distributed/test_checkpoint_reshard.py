@@ -87,6 +87,15 @@ def _a_failure_on_one_is_told_to_all(root: Path, rank: int, world: int) -> str:
     return str(failed.value)
 
 
+def _folders_that_are_not_one_are_refused(root: Path, rank: int, world: int) -> str:
+    writer = CheckpointWriter(root / f"machine-{rank}", CheckpointConfig(), rank, world)
+    writer.save(1, sharded(2, rank, world), DOCUMENTS)
+    with pytest.raises(RunError) as refused:
+        writer.wait()
+    assert committed(writer.root) == []
+    return str(refused.value).partition(" not written ")[2]
+
+
 def _damage_is_found_by_all(root: Path, rank: int, world: int) -> str:
     path = root / "step-000003"
     if rank == 0:
@@ -100,10 +109,14 @@ def _damage_is_found_by_all(root: Path, rank: int, world: int) -> str:
     return str(found.value)
 
 
-def _on_two(root: Path, of_one: Path, rank: int, world: int) -> tuple[str, str]:
+def _on_two(root: Path, of_one: Path, rank: int, world: int) -> tuple[str, str, str]:
     assert_loads_as(of_one, 0, rank, world)
     _two_save_in_the_background_while_training(root, rank, world)
-    return _a_failure_on_one_is_told_to_all(root, rank, world), _damage_is_found_by_all(root, rank, world)
+    return (
+        _a_failure_on_one_is_told_to_all(root, rank, world),
+        _damage_is_found_by_all(root, rank, world),
+        _folders_that_are_not_one_are_refused(root.parent / "apart", rank, world),
+    )
 
 
 def _on_four(of_two: Path, root: Path, rank: int, world: int) -> None:
@@ -138,8 +151,9 @@ def test_workers_of_any_number_read_what_others_wrote(tmp_path: Path) -> None:
     writer.wait()
 
     messages = run_distributed(_on_two, 2, args=(two, one / "step-000001"), timeout_s=60)
-    (failure, damage), other = messages
-    assert other == (failure, damage)
+    (failure, damage, apart), other = messages
+    assert other == (failure, damage, apart)
+    assert "one folder that all machines share" in apart
     assert "step-000002 was not written: the disk is full" in failure and "step-000001" in failure
     assert "shard-00002" in damage and "SHA-256" in damage
     assert_whole(two / "step-000001", 1, world=2)

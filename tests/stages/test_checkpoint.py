@@ -343,3 +343,12 @@ def test_a_path_means_the_newest_checkpoint_of_the_last_stage(tmp_path: Path) ->
         resolve(tmp_path / "run2")
     with pytest.raises(CheckpointError, match="commit.json: .*expected a run, a stage or a checkpoint folder"):
         resolve(sft / "commit.json")
+
+
+def test_the_space_told_is_what_was_free_when_the_disk_ran_full(small_disk: Path) -> None:
+    (small_disk / "others").write_bytes(bytes(1_500_000))
+    writer = CheckpointWriter(small_disk / "checkpoints", CheckpointConfig(asynchronous=False))
+    with pytest.raises(RunError, match=r"\((\d+) bytes free\)") as caught:
+        writer.save(1, {"model.big": torch.ones(1024, 1024)}, DOCUMENTS)
+    free = int(str(caught.value).partition("full (")[2].split()[0])
+    assert free < 65_536 < shutil.disk_usage(small_disk).free
