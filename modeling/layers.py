@@ -6,6 +6,8 @@ logits are a product of, so that a loss can multiply chunk by chunk and a quanti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,34 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not torch.compiler.is_compiling():
+            return _RMSNormCPU.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class _RMSNormCPU(torch.autograd.Function):
+    """`F.rms_norm` in a third of its time: on a CPU torch composes it, and its gradient, from some fifteen passes.
+
+    With s = rsqrt(mean(x^2) + eps), y = x s w; dx = s (g w - x s mean(g w x s)), dw = sum over tokens of g x s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        size = x.shape[-1]
+        grad, scale = grad_outputs[0].reshape(-1, size), scale.reshape(-1, 1)
+        normed = x.reshape(-1, size) * scale
+        product = grad * normed
+        mean = (product @ weight).unsqueeze(1) / size
+        grad_x = (grad * weight).sub_(normed.mul_(mean)).mul_(scale)
+        return grad_x.view_as(x), product.sum(0), None
 
 
 class Linear(nn.Linear):

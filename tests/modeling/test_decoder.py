@@ -15,6 +15,7 @@ from modeling.decoder import Decoder, KVCache
 from modeling.families import FAMILIES, family
 from modeling.generate import generate, sample
 from modeling.init import init_weights
+from modeling.layers import RMSNorm
 
 TINY = ModelConfig(
     vocab_size=61, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, window=5,
@@ -179,6 +180,25 @@ def test_generation_is_greedy_or_seeded_and_stops() -> None:
     hot = dict(temperature=1.5, seed=4)
     assert list(generate(model, [1], 8, **hot)) == list(generate(model, [1], 8, **hot))
     assert list(generate(model, [1], 8, **hot)) != list(generate(model, [1], 8, temperature=1.5, seed=5))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 1, 7), (3, 5, 33)])
+def test_the_fast_norm_is_torchs_forward_and_backward(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(9)
+    size = shape[-1]
+    x = torch.randn(shape, generator=generator) * torch.logspace(-4, 3, size)  # from far below eps to far above
+    grad = torch.randn(shape, generator=generator)
+    norm = RMSNorm(size, 1e-5)
+    norm.weight.data.copy_(torch.rand(size, generator=generator) + 0.5)
+    found, wanted = [], []
+    for call, into in ((norm, found), (lambda x: F.rms_norm(x, (size,), norm.weight, 1e-5), wanted)):
+        inputs = x.clone().requires_grad_()
+        norm.weight.grad = None
+        y = call(inputs)
+        y.backward(grad)
+        into += [y.detach(), inputs.grad, norm.weight.grad]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
 def test_top_p_never_takes_what_lies_beyond_it() -> None:
