@@ -131,6 +131,20 @@ def test_a_nan_loss_ends_the_run_with_one_line_and_status_1(tmp_path: Path) -> N
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
+def test_torchrun_trains_on_two_processes_and_writes_one_run(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(ROOT / "launch" / "pretrain.py"), "--recipe", "smoke", "--launch.workers", "2", "--train.held_out", "[]",
+         "--output-dir", str(tmp_path / "run")],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows(tmp_path / "run" / "pretrain")] == [1, 2, 3, 4]
+    state = json.loads((tmp_path / "run" / "pretrain" / "checkpoints" / "step-000004" / "state.json").read_text())
+    assert state["world"] == 2
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_worker_killed_in_mid_run_is_restarted_and_the_losses_are_the_same(tmp_path: Path) -> None:
