@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import InputError, RunError
+from stages.errors import InputError, LostWorkerError, RunError
 
 if TYPE_CHECKING:
     from launch.config import LaunchConfig
@@ -129,6 +129,8 @@ def _worker(config: dict[str, Any]) -> None:
             raise InputError(f"launch.nodes={launch.nodes} but Ray placed the workers on {nodes} nodes; "
                              "add nodes, or set launch.nodes=0 to leave the placement to Ray")
         run_stages([StageJob(**job) for job in config["jobs"]], process)
+    except LostWorkerError:
+        raise  # Ray starts the group again
     except (InputError, RunError, ValueError) as error:
         if not isinstance(error, InputError | RunError) and type(error).__module__.partition(".")[0] not in _OURS:
             raise

@@ -40,7 +40,7 @@ from stages.checkpoint_files import (
     write_durably,
 )
 from stages.config import CheckpointConfig
-from stages.errors import RunError
+from stages.errors import LostWorkerError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class CheckpointWriter:
                 shutil.rmtree(path, ignore_errors=True)  # uncommitted, so nobody misses it; the cause is what is told
             raise RunError(self._explain(path, error)) from error
         except RuntimeError as error:  # gloo's, of a collective that lost its peer
-            raise RunError(f"checkpoint {path} was not written: a worker was lost ({describe(error)}); start again "
+            raise LostWorkerError(f"checkpoint {path} was not written: a worker was lost ({describe(error)}); start again "
                            "with --resume") from error  # fmt: skip
 
     def _together(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

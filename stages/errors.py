@@ -17,3 +17,7 @@ class RunError(RuntimeError):
 
 class NonFiniteError(RunError):
     """A loss or gradient norm was NaN or infinite; no optimizer step was taken with it."""
+
+
+class LostWorkerError(RunError):
+    """A peer died. Another start can succeed, so a launcher that restarts worker groups must not take it as final."""
