@@ -6,7 +6,9 @@ process has no process group, and every collective here is then the identity.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,12 +47,30 @@ def init_process(backend: str | None = None, timeout_seconds: float = 300.0) -> 
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type == "cpu":
+        keep_freed_memory()
     if not dist.is_initialized() and world > 1:
         both = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(both, timeout=timedelta(seconds=timeout_seconds))
     if dist.is_initialized():
         return Process(dist.get_rank(), dist.get_world_size(), local_rank, device)
     return Process(0, 1, local_rank, device)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep what tensors free for the next ones; returns whether it will. Elsewhere nothing changes.
+
+    By default every tensor above 32 MiB at the latest is a new mapping, zeroed page by page by the kernel at its first
+    touch: 20,000 to 50,000 page faults and 7 % of a training step (docs/log.md). The process keeps its peak instead.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # musl has none
+        return False
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
 def shutdown() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling.attention import attend
 from modeling.config import ModelConfig
 from modeling.decoder import Decoder, KVCache
 from modeling.families import FAMILIES, family
@@ -124,6 +126,24 @@ def test_a_window_layer_forgets_what_is_outside_it() -> None:
     with torch.no_grad():
         difference = (model(ids) - model(other)).abs().amax(-1)[0]
     assert (difference[: config.window] > 0).all() and (difference[config.window :] == 0).all()
+
+
+@pytest.mark.parametrize(("length", "past"), [(96, 0), (300, 0), (200, 33)])
+def test_a_long_row_attended_in_pieces_is_the_row_attended_whole(length: int, past: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    q = torch.randn(2, 4, length, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(2, 2, past + length, 8, generator=generator, requires_grad=True) for _ in "kv")
+    causal = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    mask = causal & (torch.rand(2, 1, length, past + length, generator=generator) < 0.7)
+    mask |= torch.eye(length, past + length, dtype=torch.bool).roll(past, -1)  # every token sees itself
+    weight = torch.randn(2, 4, length, 8, generator=generator)
+
+    results = []
+    for function in (attend, partial(F.scaled_dot_product_attention, enable_gqa=True)):
+        out = function(q, k, v, mask)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
+    for ours, whole in zip(*results, strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_is_the_textbooks() -> None:
