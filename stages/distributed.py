@@ -60,8 +60,8 @@ def init_process(backend: str | None = None, timeout_seconds: float = 300.0) -> 
 def keep_freed_memory() -> bool:
     """Tell glibc to keep what tensors free for the next ones; returns whether it will. Elsewhere nothing changes.
 
-    By default every tensor above 32 MiB at the latest is a new mapping, zeroed page by page by the kernel at its first
-    touch: 20,000 to 50,000 page faults and 7 % of a training step (docs/log.md). The process keeps its peak instead.
+    By default a large tensor is a new mapping, zeroed page by page by the kernel at its first touch: thousands of page
+    faults a training step, 2 to 7 % of its time (docs/log.md). The process keeps its peak instead.
     """
     if not sys.platform.startswith("linux"):
         return False
