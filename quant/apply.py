@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.products import linear
 from modeling.layers import Embedding, Linear
 from quant.methods import WEIGHT_METHODS
 from quant.methods.minmax import fake_quantize_activations
@@ -35,7 +36,7 @@ class FakeQuantLinear(_FakeQuant, Linear):
     """A linear whose weight and input are rounded to their integer grids, with straight-through gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(*self.head_operands(x))
+        return linear(*self.head_operands(x))
 
     def head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Rounded input and weight: what a loss over an untied head multiplies."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.products import product
 from modeling.decoder import Decoder
 from stages.config import DistillConfig
 
@@ -67,7 +68,7 @@ def linear_token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         rows, targets = hidden.reshape(-1, hidden.shape[-1])[kept], flat[kept]
         for part, chunk, target in zip(*(t.split(_chunk_rows(weight)) for t in (kept, rows, targets)), strict=True):
-            result[part] = F.cross_entropy((chunk @ weight.T).float(), target, reduction="none")
+            result[part] = F.cross_entropy(product(chunk, weight).float(), target, reduction="none")
     return result.view(labels.shape)
 
 
@@ -108,16 +109,16 @@ class _VocabularyLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(labels), _chunk_rows(weight)):
                 part = slice(start, start + _chunk_rows(weight))
-                logits = (hidden[part] @ weight.T).float()
+                logits = product(hidden[part], weight).float()
                 if teacher_hidden is None or teacher_weight is None:
                     loss, grad = _cross_entropy_chunk(logits, labels[part])
                 else:
-                    teacher_logits = (teacher_hidden[part] @ teacher_weight.T).float()
+                    teacher_logits = product(teacher_hidden[part], teacher_weight).float()
                     loss, grad = _distillation_chunk(logits, teacher_logits, labels[part], mix, temperature)
                 total += loss
                 grad = grad.to(hidden.dtype)
                 if grad_hidden is not None:
-                    torch.mm(grad, weight, out=grad_hidden[part])
+                    grad_hidden[part] = product(grad, weight.T)
                 if grad_weight is not None:
                     if grad.dtype == torch.float32:
                         grad_weight.addmm_(grad.T, hidden[part])
