@@ -15,7 +15,9 @@ $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 
-$(VENV)/.ready: $(BIN)/uv pyproject.toml constraints.txt
+RUNTIME := $(wildcard kernels/cpu/CMakeLists.txt kernels/cpu/include/*.h kernels/cpu/src/*) kernels/build.py
+
+$(VENV)/.ready: $(BIN)/uv pyproject.toml constraints.txt $(RUNTIME)
 	$(UV_INSTALL) --editable .
 	@touch $@
 
@@ -39,4 +41,4 @@ test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build kernels/lib *.egg-info

@@ -100,14 +100,21 @@ def convert(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         raise QuantError("the model is not prepared for quantization; call prepare(model, spec) first")
     if any(getattr(module, "frozen", False) for module in model.modules()):
         raise QuantError("the model is frozen on its grid, whose scales are gone; convert it before freeze(model)")
-    converted = {}
-    for name, spec in specs.items():
-        weight = model.get_parameter(name)
-        if not bool(torch.isfinite(weight).all()):
-            raise QuantError(f"{name} holds NaN or infinite weights, which have no codes; use an earlier checkpoint")
-        scales = group_scales(weight, spec)
-        converted[name] = (quantize(weight, scales, spec), scales)
-    return converted
+    return {name: _convert(model, name, spec) for name, spec in specs.items()}
+
+
+@torch.no_grad()
+def convert_weight(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """As `convert`, of one weight: for models whose integers should not all be in memory at once."""
+    return _convert(model, name, quantized_weights(model)[name])
+
+
+def _convert(model: nn.Module, name: str, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    weight = model.get_parameter(name)
+    if not bool(torch.isfinite(weight).all()):
+        raise QuantError(f"{name} holds NaN or infinite weights, which have no codes; use an earlier checkpoint")
+    scales = group_scales(weight, spec)
+    return quantize(weight, scales, spec), scales
 
 
 def bake(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,370 @@
+#include "session.h"
+
+#include <time.h>
+
+using pf::Attention;
+using pf::Block;
+using pf::Config;
+using pf::Error;
+using pf::Matrix;
+using pf::Operation;
+
+namespace {
+
+constexpr int kHeadTile = 12;  // tokens whose whole logits exist at once
+
+double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+// Sine and cosine in double precision without libm: reduced by multiples of pi / 2, then their series.
+void sine_cosine(double x, double *sine, double *cosine) {
+    double turns = x * 0.63661977236758134308;
+    int64_t k = int64_t(turns + (turns < 0 ? -0.5 : 0.5));
+    double r = __builtin_fma(double(k), -1.57079632679489655800, x);
+    r = __builtin_fma(double(k), -6.12323399573676603587e-17, r);
+    double s = 0, c = 0, z = r * r;
+    const double sines[] = {-1.0 / 1307674368000.0, 1.0 / 6227020800.0, -1.0 / 39916800.0, 1.0 / 362880.0,
+                            -1.0 / 5040.0,          1.0 / 120.0,        -1.0 / 6.0,        1.0};
+    const double cosines[] = {-1.0 / 87178291200.0, 1.0 / 479001600.0, -1.0 / 3628800.0, 1.0 / 40320.0,
+                              -1.0 / 720.0,         1.0 / 24.0,        -0.5,             1.0};
+    for (int i = 0; i < 8; ++i) {
+        s = __builtin_fma(s, z, sines[i]);
+        c = __builtin_fma(c, z, cosines[i]);
+    }
+    s *= r;
+    switch (k & 3) {
+    case 0: *sine = s, *cosine = c; break;
+    case 1: *sine = c, *cosine = -s; break;
+    case 2: *sine = -s, *cosine = -c; break;
+    default: *sine = -c, *cosine = s; break;
+    }
+}
+
+} // namespace
+
+// Adds the time until the end of its block to an operation's.
+class pf_session::Clock {
+  public:
+    Clock(pf_session &session, Operation operation) : session_(session), operation_(operation) {
+        if (session.timed) begin_ = now();
+    }
+    ~Clock() {
+        if (session_.timed) session_.seconds[operation_] += now() - begin_;
+    }
+
+  private:
+    pf_session &session_;
+    Operation operation_;
+    double begin_ = 0;
+};
+
+pf_status pf_session::create(const Error &error) {
+    const Config &c = model->config;
+    if (options.context < 1 || options.context > c.max_positions) {
+        return error.set(PF_BAD_ARGUMENT, "context=%d; expected 1 to the model's max_positions, %d", options.context, c.max_positions);
+    }
+    if (options.threads < 1 || options.threads > 256) return error.set(PF_BAD_ARGUMENT, "threads=%d; expected 1 to 256", options.threads);
+    if (options.kv_type < PF_KV_F32 || options.kv_type > PF_KV_INT8) {
+        return error.set(PF_BAD_ARGUMENT, "kv_type=%d; expected 0 (f32), 1 (f16) or 2 (int8)", options.kv_type);
+    }
+    if (options.batch < 0 || options.batch > 4096) return error.set(PF_BAD_ARGUMENT, "batch=%d; expected 0 to 4096", options.batch);
+    int batch = pf::smaller(options.batch == 0 ? 128 : options.batch, options.context);
+    options.batch = batch;
+    layout.head_dim = c.head_dim;
+    layout.type = options.kv_type;
+
+    size_t n = size_t(batch), widest = size_t(pf::larger(c.hidden_size, pf::larger(c.query_size(), c.ffn_size)));
+    size_t qkv = pf::round_up(size_t(c.query_size() + 2 * c.kv_size()), pf::kPanel), vocabulary = pf::round_up(size_t(c.vocab_size), pf::kPanel);
+    scores_stride_ = size_t(pf::kQueryTile) * (pf::round_up(size_t(options.context), pf::kPanel) + 2 * pf::kPanel);
+    bool good = x_.allocate(n * size_t(c.hidden_size)) && normed_.allocate(n * widest) && qkv_.allocate(n * qkv) &&
+                mixed_.allocate(n * size_t(c.query_size())) && gate_up_.allocate(n * 2 * size_t(c.ffn_size)) &&
+                product_.allocate(n * size_t(c.hidden_size)) && logits_.allocate(size_t(pf::smaller(kHeadTile, batch)) * vocabulary) &&
+                scores_.allocate(scores_stride_ * size_t(options.threads)) && codes_.allocate(n * widest) && packed_.allocate(n * widest) &&
+                offsets_.allocate(n * widest / pf::kGroup) && packed_offsets_.allocate(n * widest / pf::kGroup) && scales_.allocate(n) &&
+                cos_.allocate(size_t(options.context) * size_t(c.head_dim)) && sin_.allocate(size_t(options.context) * size_t(c.head_dim)) &&
+                caches_.allocate(size_t(c.executed()));
+    if (!good) return error.set(PF_NO_MEMORY, "no memory for the scratch of a session of %d tokens", options.context);
+    size_t total = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+        size_t at = 0;
+        for (int i = 0; i < c.executed(); ++i) {
+            Attention kind = model->blocks[size_t(i / c.block_repeat)].attention;
+            if (kind == Attention::kSkip) continue;
+            // A window layer keeps what the oldest token of a batch still sees, and the batch.
+            int kept = kind == Attention::kWindow ? pf::smaller(options.context, c.window + batch + pf::kPanel) : options.context;
+            pf::Cache &cache = caches_[size_t(i)];
+            cache.count = (kept + pf::kPanel - 1) / pf::kPanel;
+            if (pass == 1) cache.blocks = kv_.data() + at;
+            at += size_t(cache.count) * size_t(c.num_kv_heads) * layout.block_bytes();
+        }
+        total = at;
+        if (pass == 0 && !kv_.allocate(total)) return error.set(PF_NO_MEMORY, "no memory for a key/value cache of %zu bytes", total);
+    }
+    kv_bytes = total;
+    if (!pool.start(options.threads)) return error.set(PF_NO_MEMORY, "the system starts no %d threads", options.threads);
+    fill_rope();
+    rows_.codes = codes_.data();
+    rows_.packed = packed_.data();
+    rows_.scales = scales_.data();
+    rows_.offsets = offsets_.data();
+    rows_.packed_offsets = packed_offsets_.data();
+    return PF_OK;
+}
+
+void pf_session::fill_rope() {
+    int d = model->config.head_dim, half = d / 2;
+    for (int p = 0; p < options.context; ++p) {
+        float *cosines = cos_.data() + size_t(p) * size_t(d), *sines = sin_.data() + size_t(p) * size_t(d);
+        for (int i = 0; i < half; ++i) {
+            double sine, cosine;
+            sine_cosine(double(float(p) * model->inverse_frequencies[i]), &sine, &cosine);
+            cosines[i] = cosines[half + i] = float(cosine);
+            sines[i] = float(-sine);
+            sines[half + i] = float(sine);
+        }
+    }
+}
+
+pf_status pf_session::eval(const int32_t *tokens, const int32_t *labels, int count, bool all, float *logits, float *nll, const Error &error) {
+    const Config &c = model->config;
+    if (count < 1) return error.set(PF_BAD_ARGUMENT, "%d tokens; expected at least 1", count);
+    if (count > options.context - length) {
+        return error.set(PF_BAD_ARGUMENT, "%d tokens after %d do not fit the session's context of %d", count, length, options.context);
+    }
+    for (int i = 0; i < count; ++i) {
+        if (tokens[i] < 0 || tokens[i] >= c.vocab_size) {
+            return error.set(PF_BAD_ARGUMENT, "token %d is %d; expected 0 to %d", i, tokens[i], c.vocab_size - 1);
+        }
+        if (labels != nullptr && labels[i] != -100 && (labels[i] < 0 || labels[i] >= c.vocab_size)) {
+            return error.set(PF_BAD_ARGUMENT, "label %d is %d; expected -100 or 0 to %d", i, labels[i], c.vocab_size - 1);
+        }
+    }
+    for (int done = 0; done < count;) {
+        int part = pf::smaller(options.batch, count - done);
+        forward(tokens + done, part);
+        length += part;
+        if (nll != nullptr) {
+            for (int first = 0; first < part; first += kHeadTile) {
+                int rows = pf::smaller(kHeadTile, part - first);
+                head(first, rows, logits_.data());
+                for (int t = 0; t < rows; ++t) {
+                    int at = done + first + t;
+                    const float *row = logits_.data() + size_t(t) * size_t(c.vocab_size);
+                    nll[at] = 0.0f;
+                    if (labels[at] == -100) continue;
+                    model->ops->log_sum_exp(row, c.vocab_size, nll + at);
+                    nll[at] -= row[labels[at]];
+                }
+            }
+        } else if (logits != nullptr && all) {
+            head(0, part, logits + size_t(done) * size_t(c.vocab_size));
+        } else if (logits != nullptr && done + part == count) {
+            head(part - 1, 1, logits);
+        }
+        done += part;
+    }
+    return PF_OK;
+}
+
+void pf_session::forward(const int32_t *tokens, int count) {
+    embed(tokens, count);
+    const Config &c = model->config;
+    for (int i = 0; i < c.executed(); ++i) {
+        const Block &block = model->blocks[size_t(i / c.block_repeat)];
+        if (block.attention != Attention::kSkip) attention(block, caches_[size_t(i)], count);
+        feed_forward(block, count);
+    }
+}
+
+void pf_session::embed(const int32_t *tokens, int count) {
+    Clock clock(*this, pf::kEmbed);
+    const Matrix &w = model->embed;
+    for (int t = 0; t < count; ++t) {
+        float *x = x_.data() + size_t(t) * size_t(w.k);
+        const uint8_t *panel = w.panel(tokens[t] / pf::kPanel), *codes = panel + w.scale_bytes();
+        size_t row = size_t(tokens[t] % pf::kPanel);
+        if (w.encoding == Matrix::kInt8) {
+            float scale;
+            memcpy(&scale, panel + row * 4, 4);
+            for (size_t i = 0; i < size_t(w.k); ++i) x[i] = float(int8_t(codes[i / 4 * 64 + row * 4 + i % 4])) * scale;
+            continue;
+        }
+        for (size_t g = 0; g < size_t(w.groups()); ++g) {
+            uint16_t half;
+            memcpy(&half, panel + (g * pf::kPanel + row) * 2, 2);
+            float scale = pf::half_to_float(half);
+            for (size_t i = 0; i < 16; ++i) {  // byte i holds codes i and i + 4 of a run of 8
+                uint8_t byte = codes[g * 256 + i / 4 * 64 + row * 4 + i % 4];
+                float *run = x + g * pf::kGroup + i / 4 * 8 + i % 4;
+                run[0] = float(int(byte & 15) - 8) * scale;
+                run[4] = float(int(byte >> 4) - 8) * scale;
+            }
+        }
+    }
+}
+
+void pf_session::norm(const float *weight, int first, int count) {
+    Clock clock(*this, pf::kNorm);
+    size_t n = size_t(model->config.hidden_size);
+    pool.split(count, [&](int begin, int end, int) {
+        for (int t = begin; t < end; ++t) {
+            model->ops->rms_norm(x_.data() + size_t(first + t) * n, weight, int(n), model->config.norm_eps, normed_.data() + size_t(t) * n);
+        }
+    });
+}
+
+void pf_session::quantize(const float *x, int k, int count) {
+    Clock clock(*this, pf::kQuantize);
+    rows_.count = count;
+    rows_.k = k;
+    pool.split(count, [&](int begin, int end, int) {
+        for (int t = begin; t < end; ++t) {
+            size_t row = size_t(t) * size_t(k);
+            model->ops->quantize_row(x + row, k, rows_.codes + row, rows_.scales + t, rows_.offsets + row / pf::kGroup);
+        }
+    });
+    if (count > 1 && model->ops->pack_rows != nullptr) model->ops->pack_rows(rows_);
+}
+
+void pf_session::multiply(const Matrix &w, float *y, size_t stride, Operation operation) {
+    Clock clock(*this, operation);
+    pool.split(w.panels(), [&](int begin, int end, int) { model->ops->multiply(w, rows_, begin, end, y, stride); });
+}
+
+void pf_session::attention(const Block &block, pf::Cache &cache, int count) {
+    const Config &c = model->config;
+    norm(block.attention_norm, 0, count);
+    quantize(normed_.data(), c.hidden_size, count);
+    multiply(block.qkv, qkv_.data(), size_t(block.qkv.rows), pf::kQkv);
+    rotate_and_store(block, cache, count);
+    {
+        Clock clock(*this, pf::kAttention);
+        int group = c.num_heads / c.num_kv_heads, tiles = (count * group + pf::kQueryTile - 1) / pf::kQueryTile;
+        float scale = 1.0f / __builtin_sqrtf(float(c.head_dim));
+        size_t stride = size_t(block.qkv.rows), d = size_t(c.head_dim);
+        pool.split(c.num_kv_heads * tiles, [&](int begin, int end, int thread) {
+            pf::Query queries[pf::kQueryTile];
+            for (int item = begin; item < end; ++item) {
+                int kv_head = item / tiles, first = item % tiles * pf::kQueryTile;
+                int rows = pf::smaller(pf::kQueryTile, count * group - first);
+                for (int i = 0; i < rows; ++i) {
+                    int t = (first + i) / group, head = kv_head * group + (first + i) % group, position = length + t;
+                    int seen = block.attention == Attention::kWindow ? c.window : options.context;
+                    queries[i] = {qkv_.data() + size_t(t) * stride + size_t(head) * d,
+                                  mixed_.data() + (size_t(t) * size_t(c.num_heads) + size_t(head)) * d,
+                                  pf::larger(0, position - seen + 1), position};
+                }
+                pf::KvRing ring = {cache.blocks + size_t(kv_head) * size_t(cache.count) * layout.block_bytes(), cache.count, layout};
+                model->ops->attend(ring, queries, rows, scale, scores_.data() + scores_stride_ * size_t(thread));
+            }
+        });
+    }
+    quantize(mixed_.data(), c.query_size(), count);
+    multiply(block.out, product_.data(), size_t(c.hidden_size), pf::kOut);
+    model->ops->add(x_.data(), product_.data(), count * c.hidden_size);
+}
+
+void pf_session::rotate_and_store(const Block &block, const pf::Cache &cache, int count) {
+    Clock clock(*this, pf::kRope);
+    const Config &c = model->config;
+    size_t d = size_t(c.head_dim);
+    pool.split(count, [&](int begin, int end, int) {
+        for (int t = begin; t < end; ++t) {
+            int position = length + t;
+            float *row = qkv_.data() + size_t(t) * size_t(block.qkv.rows);
+            pf::Rope table = {cos_.data() + size_t(position) * d, sin_.data() + size_t(position) * d};
+            for (int head = 0; head < c.num_heads + c.num_kv_heads; ++head) {
+                float *one = row + size_t(head) * d;
+                model->ops->rope(one, c.head_dim, table);
+                if (c.qk_norm) model->ops->rms_norm(one, nullptr, c.head_dim, c.norm_eps, one);
+            }
+            const float *keys = row + c.query_size(), *values = keys + c.kv_size();
+            for (int head = 0; head < c.num_kv_heads; ++head) {
+                pf::KvRing ring = {cache.blocks + size_t(head) * size_t(cache.count) * layout.block_bytes(), cache.count, layout};
+                model->ops->store_kv(ring, position, keys + size_t(head) * d, values + size_t(head) * d);
+            }
+        }
+    });
+}
+
+void pf_session::feed_forward(const Block &block, int count) {
+    const Config &c = model->config;
+    norm(block.feed_forward_norm, 0, count);
+    quantize(normed_.data(), c.hidden_size, count);
+    size_t ffn = size_t(c.ffn_size);
+    multiply(block.gate_up, gate_up_.data(), 2 * ffn, pf::kGateUp);
+    {
+        Clock clock(*this, pf::kSwiglu);
+        pool.split(count, [&](int begin, int end, int) {
+            for (int t = begin; t < end; ++t) {
+                const float *gate = gate_up_.data() + size_t(t) * 2 * ffn;
+                model->ops->swiglu(gate, gate + ffn, c.ffn_size, normed_.data() + size_t(t) * ffn);
+            }
+        });
+    }
+    quantize(normed_.data(), c.ffn_size, count);
+    multiply(block.down, product_.data(), size_t(c.hidden_size), pf::kDown);
+    model->ops->add(x_.data(), product_.data(), count * c.hidden_size);
+}
+
+void pf_session::head(int first, int count, float *out) {
+    norm(model->norm, first, count);
+    quantize(normed_.data(), model->config.hidden_size, count);
+    multiply(model->head, out, size_t(model->config.vocab_size), pf::kHead);
+}
+
+extern "C" {
+
+pf_status pf_session_create(const pf_model *model, const pf_session_options *options, pf_session **session, char *text, size_t size) {
+    Error error(text, size);
+    *session = nullptr;
+    void *memory = calloc(1, sizeof(pf_session));
+    if (memory == nullptr) return error.set(PF_NO_MEMORY, "no memory for a session");
+    pf_session *made = new (memory) pf_session;
+    made->model = model;
+    made->options = *options;
+    pf_status status = made->create(error);
+    if (status != PF_OK) {
+        pf_session_free(made);
+        return status;
+    }
+    *session = made;
+    return PF_OK;
+}
+
+void pf_session_free(pf_session *session) {
+    if (session == nullptr) return;
+    session->~pf_session();
+    free(session);
+}
+
+void pf_session_reset(pf_session *session) { session->length = 0; }
+int32_t pf_session_length(const pf_session *session) { return session->length; }
+uint64_t pf_session_kv_bytes(const pf_session *session) { return session->kv_bytes; }
+
+pf_status pf_session_eval(pf_session *session, const int32_t *tokens, int32_t count, int32_t all, float *logits, char *text, size_t size) {
+    return session->eval(tokens, nullptr, count, all != 0, logits, nullptr, Error(text, size));
+}
+
+pf_status pf_session_nll(pf_session *session, const int32_t *tokens, const int32_t *labels, int32_t count, float *nll, char *text, size_t size) {
+    return session->eval(tokens, labels, count, false, nullptr, nll, Error(text, size));
+}
+
+int32_t pf_operation_count(void) { return pf::kOperations; }
+
+const char *pf_operation_name(int32_t index) {
+    static const char *const names[] = {"embed",    "norm",   "quantize", "qkv",  "rope and cache", "attention",
+                                        "attention out", "gate and up", "swiglu", "down", "head"};
+    return index >= 0 && index < pf::kOperations ? names[index] : nullptr;
+}
+
+void pf_session_clocks(pf_session *session, int32_t enable, double *seconds) {
+    if (seconds != nullptr) memcpy(seconds, session->seconds, sizeof session->seconds);
+    memset(session->seconds, 0, sizeof session->seconds);
+    session->timed = enable != 0;
+}
+
+} // extern "C"

@@ -1,0 +1,222 @@
+// AVX2 with FMA and F16C: a panel's 16 rows are two registers.
+#include "float_ops.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+namespace pf {
+namespace {
+
+struct Lanes {
+    __m256 a, b;
+
+    static Lanes load(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static Lanes set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+    static Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static void store(float *p, Lanes x) {
+        _mm256_storeu_ps(p, x.a);
+        _mm256_storeu_ps(p + 8, x.b);
+    }
+    static __m128i load16(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
+    static Lanes load_half(const uint16_t *p) { return {_mm256_cvtph_ps(load16(p)), _mm256_cvtph_ps(load16(p + 8))}; }
+    static void store_half(uint16_t *p, Lanes x) {
+        constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(x.a, kNearest));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(p + 8), _mm256_cvtps_ph(x.b, kNearest));
+    }
+    static Lanes load_int8(const int8_t *p) {
+        __m128i codes = load16(p);
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)))};
+    }
+    static void store_int8(int8_t *p, Lanes x) {
+        __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+        words = _mm256_permute4x64_epi64(words, 0xd8);
+        __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(p), bytes);
+    }
+    friend Lanes operator+(Lanes x, Lanes y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+    friend Lanes operator-(Lanes x, Lanes y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+    friend Lanes operator*(Lanes x, Lanes y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+    friend Lanes operator/(Lanes x, Lanes y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+    static Lanes fma(Lanes x, Lanes y, Lanes z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+    static Lanes larger(Lanes x, Lanes y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+    static Lanes smaller(Lanes x, Lanes y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+    static Lanes abs(Lanes x) {
+        __m256 sign = _mm256_set1_ps(-0.0f);
+        return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+    }
+    static Lanes nearest(Lanes x) {
+        constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        return {_mm256_round_ps(x.a, kNearest), _mm256_round_ps(x.b, kNearest)};
+    }
+    static Lanes power_of_two(Lanes x) {
+        __m256i bias = _mm256_set1_epi32(127);
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(x.a), bias), 23)),
+                _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(x.b), bias), 23))};
+    }
+    static float sum(Lanes x) {
+        __m256 eight = _mm256_add_ps(x.a, x.b);
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    }
+    static float top(Lanes x) {
+        __m256 eight = _mm256_max_ps(x.a, x.b);
+        __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    }
+    using Sum = __m256i;
+    static Sum no_sum() { return _mm256_setzero_si256(); }
+    static Sum add_line(Sum sum, const uint8_t *p) {
+        const __m256i *line = reinterpret_cast<const __m256i *>(p);
+        return _mm256_add_epi64(sum, _mm256_add_epi64(_mm256_loadu_si256(line), _mm256_loadu_si256(line + 1)));
+    }
+    static uint64_t all(Sum sum) {
+        uint64_t words[4];
+        memcpy(words, &sum, 32);
+        return words[0] + words[1] + words[2] + words[3];
+    }
+    static int32_t sum_codes(const int8_t *codes) {
+        __m256i biased = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes)), _mm256_set1_epi8(-128));
+        __m256i sums = _mm256_sad_epu8(biased, _mm256_setzero_si256());
+        __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        return int32_t(_mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1)) - 128 * kGroup;
+    }
+    static Lanes dot_int8(const int8_t *keys, const int8_t *q, int head_dim);
+};
+
+inline __m256i load32(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+
+inline __m256i broadcast(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+}
+
+// acc += the sums of four products of signed bytes. |a| as unsigned and b with a's sign give the same products; two of them
+// reach 2 * 128 * 127 = 32,512 at most, which 16 bits hold.
+inline __m256i add_dot(__m256i acc, __m256i a, __m256i b) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+Lanes Lanes::dot_int8(const int8_t *keys, const int8_t *q, int head_dim) {
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (int i = 0; i < head_dim; i += 4) {
+        __m256i four = broadcast(q + i);
+        a = add_dot(a, load32(keys + i * kPanel), four);
+        b = add_dot(b, load32(keys + i * kPanel + 32), four);
+    }
+    return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)};
+}
+
+inline void store_rows(float *y, __m256 value, int rows) {
+    if (rows >= 8) {
+        _mm256_storeu_ps(y, value);
+    } else if (rows > 0) {
+        float all[8];
+        _mm256_storeu_ps(all, value);
+        memcpy(y, all, size_t(rows) * sizeof(float));
+    }
+}
+
+constexpr int kTile = 4;
+
+// T tokens by 8 rows. Within a group products add up in 16 bits: 16 nibbles of 15 at most by 127 twice is 30,480 a lane.
+template <int T>
+void int4_half(const Matrix &w, const uint8_t *panel, int half, const int8_t *x, const int32_t *offsets, const float *scales,
+               float *y, size_t stride, int rows) {
+    const uint8_t *codes = panel + w.scale_bytes() + half * 32;
+    const uint8_t *group_scales = panel + half * 16;
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256 total[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
+    for (int g = 0, groups = w.groups(); g < groups; ++g) {
+        __m256i pairs[T];
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) pairs[t] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b) {
+            if (T == 1) _mm_prefetch(reinterpret_cast<const char *>(codes + b * 64 + 2048), _MM_HINT_T0);
+            __m256i both = load32(codes + b * 64);
+            __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) {
+                pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(first, broadcast(x + (b * 2 * T + t) * 4)));
+                pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(second, broadcast(x + ((b * 2 + 1) * T + t) * 4)));
+            }
+        }
+        __m256 scale = _mm256_cvtph_ps(Lanes::load16(group_scales + g * 32));
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+            __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(pairs[t], ones), _mm256_set1_epi32(offsets[g * T + t]));
+            total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, total[t]);
+        }
+        codes += 256;
+        x += size_t(kGroup) * T;
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) store_rows(y + size_t(t) * stride, _mm256_mul_ps(total[t], _mm256_set1_ps(scales[t])), rows);
+}
+
+template <int T>
+void int8_half(const Matrix &w, const uint8_t *panel, int half, const int8_t *x, const float *scales, float *y, size_t stride,
+               int rows) {
+    const uint8_t *codes = panel + w.scale_bytes() + half * 32;
+    __m256i acc[T];
+    for (int t = 0; t < T; ++t) acc[t] = _mm256_setzero_si256();
+    for (int i = 0; i < w.k / 4; ++i) {
+        __m256i four = load32(codes + size_t(i) * 64);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) acc[t] = add_dot(acc[t], four, broadcast(x + (size_t(i) * T + t) * 4));
+    }
+    __m256 row_scales = _mm256_loadu_ps(reinterpret_cast<const float *>(panel) + half * 8);
+    for (int t = 0; t < T; ++t) {
+        __m256 value = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc[t]), row_scales), _mm256_set1_ps(scales[t]));
+        store_rows(y + size_t(t) * stride, value, rows);
+    }
+}
+
+template <int T>
+void tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int32_t *offsets, const float *scales, float *y,
+          size_t stride, int rows) {
+    for (int half = 0; half < 2; ++half) {
+        int part = rows - half * 8;
+        if (w.encoding == Matrix::kInt4) int4_half<T>(w, panel, half, x, offsets, scales, y + half * 8, stride, part);
+        else int8_half<T>(w, panel, half, x, scales, y + half * 8, stride, part);
+    }
+}
+
+using Tile = void (*)(const Matrix &, const uint8_t *, const int8_t *, const int32_t *, const float *, float *, size_t, int);
+constexpr Tile kTiles[kTile] = {tile<1>, tile<2>, tile<3>, tile<4>};
+
+void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride) {
+    for (int p = begin; p < end; ++p) {
+        for (int t = 0; t < x.count; t += kTile) {
+            int count = smaller(kTile, x.count - t);
+            const int8_t *codes = x.count == 1 ? x.codes : x.packed + size_t(t) * size_t(x.k);
+            const int32_t *offsets = x.count == 1 ? x.offsets : x.packed_offsets + size_t(t) * size_t(w.groups());
+            kTiles[count - 1](w, w.panel(p), codes, offsets, x.scales + t, y + size_t(p) * kPanel + size_t(t) * stride, stride,
+                              smaller(kPanel, w.rows - p * kPanel));
+        }
+    }
+}
+
+void pack(Rows &x) { pack_tiles(x, kTile); }
+
+bool supported() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+} // namespace
+
+using F = FloatOps<Lanes>;
+const Ops kAvx2Ops = {"avx2",  supported, multiply, pack,        F::quantize_row, F::rms_norm,
+                      F::rope, F::swiglu, F::add,   F::store_kv, F::attend,       F::log_sum_exp,
+                      F::exponentials, F::read};
+
+} // namespace pf
+#endif

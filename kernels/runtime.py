@@ -1,0 +1,261 @@
+"""The C++ runtime from Python: `PackedModel` and `Session` over its C interface (kernels/cpu/include/pocketforge.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+KvType = Literal["f32", "f16", "int8"]
+KV_TYPES: tuple[KvType, ...] = ("f32", "f16", "int8")
+IGNORE = -100
+
+
+class RuntimeLibraryError(RuntimeError):
+    """The compiled library is not there, or not this version's."""
+
+
+class PackedModelError(ValueError):
+    """A packed file that the runtime refuses, or something it was asked that makes no sense for the model."""
+
+
+class _Info(ctypes.Structure):
+    _fields_ = [
+        (name, c_int32)
+        for name in ("vocab_size", "hidden_size", "num_layers", "executed_layers", "num_heads", "num_kv_heads", "head_dim",
+                     "ffn_size", "max_positions")
+    ] + [("file_bytes", c_uint64), ("decode_bytes", c_uint64)]  # fmt: skip
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [(name, c_int32) for name in ("context", "threads", "kv_type", "batch")]
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "pf_version": (c_char_p, []),
+    "pf_isa_count": (c_int32, []),
+    "pf_isa_name": (c_char_p, [c_int32]),
+    "pf_isa_supported": (c_int32, [c_int32]),
+    "pf_isa_default": (c_int32, []),
+    "pf_model_open": (c_int32, [c_char_p, c_int32, c_int32, POINTER(c_void_p), c_char_p, c_size_t]),
+    "pf_model_close": (None, [c_void_p]),
+    "pf_model_get_info": (None, [c_void_p, POINTER(_Info)]),
+    "pf_model_isa": (c_char_p, [c_void_p]),
+    "pf_model_metadata": (c_void_p, [c_void_p, POINTER(c_size_t)]),
+    "pf_model_tensor": (c_void_p, [c_void_p, c_char_p, POINTER(c_size_t)]),
+    "pf_session_create": (c_int32, [c_void_p, POINTER(_Options), POINTER(c_void_p), c_char_p, c_size_t]),
+    "pf_session_free": (None, [c_void_p]),
+    "pf_session_reset": (None, [c_void_p]),
+    "pf_session_length": (c_int32, [c_void_p]),
+    "pf_session_kv_bytes": (c_uint64, [c_void_p]),
+    "pf_session_eval": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_char_p, c_size_t]),
+    "pf_session_nll": (c_int32, [c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_char_p, c_size_t]),
+    "pf_sample": (c_int32, [c_void_p, c_int32, c_float, c_float, POINTER(c_uint64)]),
+    "pf_operation_count": (c_int32, []),
+    "pf_operation_name": (c_char_p, [c_int32]),
+    "pf_session_clocks": (None, [c_void_p, c_int32, POINTER(c_double)]),
+    "pf_crc32c": (c_uint32, [c_void_p, c_size_t, c_uint32]),
+    "pf_read_bandwidth": (c_double, [c_size_t, c_int32, c_int32]),
+}
+VERSION = b"1"
+
+
+def library_path() -> Path:
+    """The compiled library: POCKETFORGE_LIBRARY, else what the installation built beside this file."""
+    return Path(os.environ.get("POCKETFORGE_LIBRARY") or _built("libpocketforge.so"))
+
+
+def executable_path() -> Path:
+    """The `pocketforge-run` program of this installation."""
+    return _built("pocketforge-run")
+
+
+def _built(name: str) -> Path:
+    from importlib.resources import files
+
+    return Path(str(files("kernels").joinpath("lib", name)))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library with its functions' types. Raises RuntimeLibraryError."""
+    path = library_path()
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeLibraryError(
+            f"the C++ runtime cannot be loaded ({error}); build it with `make setup` (it needs a C++17 compiler)"
+        ) from None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name, None)
+        if function is None:
+            raise RuntimeLibraryError(f"{path} has no {name}: it is of another version; build it anew with `make setup`")
+        function.restype, function.argtypes = result, arguments
+    if loaded.pf_version() != VERSION:
+        found = loaded.pf_version().decode()
+        raise RuntimeLibraryError(f"{path} is version {found}, expected {VERSION.decode()}; build it anew with `make setup`")
+    return loaded
+
+
+def isas() -> dict[str, bool]:
+    """Every kernel variant of this build, and whether this machine runs it."""
+    lib = library()
+    return {lib.pf_isa_name(i).decode(): bool(lib.pf_isa_supported(i)) for i in range(lib.pf_isa_count())}
+
+
+def crc32c(data: NDArray[np.uint8], seed: int = 0) -> int:
+    """CRC-32C (Castagnoli) of bytes."""
+    data = np.ascontiguousarray(data)
+    return int(library().pf_crc32c(data.ctypes.data, data.nbytes, seed))
+
+
+def read_bandwidth(num_bytes: int = 256 << 20, threads: int = 1, repeats: int = 5) -> float:
+    """Bytes a second of the fastest of `repeats` passes over a buffer."""
+    return float(library().pf_read_bandwidth(num_bytes, threads, repeats))
+
+
+class _Failure:
+    """The error buffer of one call."""
+
+    def __init__(self) -> None:
+        self.text = ctypes.create_string_buffer(512)
+
+    def check(self, status: int, what: str = "") -> None:
+        if status:
+            raise PackedModelError(what + self.text.value.decode(errors="replace"))
+
+
+class PackedModel:
+    """A mapped packed file. Close it, or use it as a context."""
+
+    def __init__(self, path: str | Path, isa: str | None = None, *, verify: bool = True) -> None:
+        """`isa` forces a kernel variant by name; `verify` compares every tensor's checksum first."""
+        lib = library()
+        names = list(isas())
+        if isa is not None and isa not in names:
+            raise PackedModelError(f"isa {isa!r}; this build has {', '.join(names)}")
+        self._handle = c_void_p()
+        failure = _Failure()
+        index = -1 if isa is None else names.index(isa)
+        status = lib.pf_model_open(os.fsencode(path), index, int(verify), byref(self._handle), failure.text, 512)
+        failure.check(status, f"{path}: ")
+        self.path = Path(path)
+        self.info = _Info()
+        lib.pf_model_get_info(self._handle, byref(self.info))
+        self.isa: str = lib.pf_model_isa(self._handle).decode()
+
+    def metadata(self) -> dict[str, Any]:
+        """The file's JSON."""
+        size = c_size_t()
+        address = library().pf_model_metadata(self._handle, byref(size))
+        return json.loads(ctypes.string_at(address, size.value))
+
+    def tensor(self, name: str) -> bytes:
+        """A copy of one tensor's bytes. Raises KeyError."""
+        size = c_size_t()
+        address = library().pf_model_tensor(self._handle, name.encode(), byref(size))
+        if not address:
+            raise KeyError(name)
+        return ctypes.string_at(address, size.value)
+
+    def session(self, context: int | None = None, *, threads: int = 1, kv: KvType = "f16", batch: int = 0) -> Session:
+        """A new sequence. `context` is the most tokens it can hold (default: the model's longest)."""
+        return Session(self, context or self.info.max_positions, threads, kv, batch)
+
+    def close(self) -> None:
+        if self._handle:
+            library().pf_model_close(self._handle)
+            self._handle = c_void_p()
+
+    def __enter__(self) -> PackedModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Session:
+    """One sequence of tokens on a model, with its key/value cache. Keeps the model open."""
+
+    def __init__(self, model: PackedModel, context: int, threads: int, kv: KvType, batch: int) -> None:
+        self.model = model
+        self._handle = c_void_p()
+        failure = _Failure()
+        if kv not in KV_TYPES:
+            raise PackedModelError(f"kv {kv!r}; expected one of {', '.join(KV_TYPES)}")
+        options = _Options(context, threads, KV_TYPES.index(kv), batch)
+        failure.check(library().pf_session_create(model._handle, byref(options), byref(self._handle), failure.text, 512))
+
+    def eval(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
+        """Add tokens; logits of the last one [V], or of all [len(tokens), V]."""
+        ids = np.asarray(tokens, np.int32)
+        vocabulary = self.model.info.vocab_size
+        logits = np.empty((len(ids), vocabulary) if all_logits else (vocabulary,), np.float32)
+        failure = _Failure()
+        failure.check(library().pf_session_eval(
+            self._handle, ids.ctypes.data, len(ids), int(all_logits), logits.ctypes.data, failure.text, 512
+        ))  # fmt: skip
+        return logits
+
+    def nll(self, tokens: Sequence[int], labels: Sequence[int]) -> NDArray[np.float32]:
+        """Add tokens; the negative log-likelihood of each one's label in nats, 0 where the label is -100."""
+        ids, targets = np.asarray(tokens, np.int32), np.asarray(labels, np.int32)
+        if ids.shape != targets.shape:
+            raise PackedModelError(f"{len(ids)} tokens and {len(targets)} labels; expected as many")
+        result = np.empty(len(ids), np.float32)
+        failure = _Failure()
+        failure.check(library().pf_session_nll(
+            self._handle, ids.ctypes.data, targets.ctypes.data, len(ids), result.ctypes.data, failure.text, 512
+        ))  # fmt: skip
+        return result
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return int(library().pf_session_length(self._handle))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the key/value cache."""
+        return int(library().pf_session_kv_bytes(self._handle))
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        library().pf_session_reset(self._handle)
+
+    def clocks(self, enable: bool = True) -> dict[str, float]:
+        """Seconds by operation since the last call, and whether to measure from now on."""
+        lib = library()
+        seconds = (c_double * lib.pf_operation_count())()
+        lib.pf_session_clocks(self._handle, int(enable), seconds)
+        return {lib.pf_operation_name(i).decode(): seconds[i] for i in range(len(seconds))}
+
+    def close(self) -> None:
+        if self._handle:
+            library().pf_session_free(self._handle)
+            self._handle = c_void_p()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+class Sampler:
+    """Draws tokens as the runtime does: greedy at temperature 0, else from the likeliest that reach `top_p` together."""
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self._state = c_uint64(seed * 2 + 1)
+
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        logits = np.ascontiguousarray(logits, np.float32)
+        return int(library().pf_sample(logits.ctypes.data, len(logits), self.temperature, self.top_p, byref(self._state)))

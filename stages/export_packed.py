@@ -1,0 +1,145 @@
+"""A checkpoint as one packed file for the runtime: the codes and scales that training saw, rearranged, never rounded again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.tokenizer import Tokenizer
+from kernels.packed_file import PackedTensor, blob, f32, int4, int8, write_packed
+from kernels.packed_layout import GROUP
+from kernels.runtime import crc32c
+from modeling.config import ModelConfig
+from modeling.decoder import Decoder
+from quant.apply import convert_weight, prepare, quantized_weights
+from quant.primitives import group_scales, quantize
+from quant.spec import QuantSpec
+from stages.errors import InputError
+from stages.loading import load_model
+
+EmbeddingEncoding = Literal["int4", "int8"]
+
+
+def export_packed(checkpoint: str | Path, output: str | Path, embedding: EmbeddingEncoding | None = None) -> None:
+    """Write `output` from a run, checkpoint or Hugging Face folder; weights that no QAT trained are rounded to nearest.
+
+    Args:
+        embedding: how the embedding (and a head) is stored; None takes INT4 where training rounded it so, else INT8 a row.
+
+    Raises:
+        InputError: `output` exists, or the runtime cannot hold the model. CheckpointError: the checkpoint is damaged.
+    """
+    loaded = load_model(checkpoint, latent=True)
+    lineage = {**(loaded.lineage.to_dict() if loaded.lineage else {}), "checkpoint": str(loaded.path)}
+    pack_model(loaded.model, output, quant=loaded.quant, tokenizer=loaded.tokenizer, lineage=lineage, embedding=embedding)
+
+
+def pack_model(
+    model: Decoder, output: str | Path, *, quant: QuantSpec | None = None, tokenizer: Tokenizer | None = None,
+    lineage: dict[str, Any] | None = None, embedding: EmbeddingEncoding | None = None,
+) -> None:  # fmt: skip
+    """Write a model in memory; `quant` is how it is prepared already, None prepares it (in place) with the default spec."""
+    output = Path(output)
+    if output.exists():
+        raise InputError(f"{output} exists; name another file, nothing is overwritten")
+    trained = quant is not None
+    spec = quant or QuantSpec()
+    _check_expressible(model.config, spec)
+    if not trained:
+        prepare(model, spec)
+    encoding = embedding or ("int4" if spec.embedding else "int8")
+    metadata = {
+        "format": "pocketforge.packed",
+        "model": _model_metadata(model.config),
+        "quantization": {**dataclasses.asdict(spec), "trained": trained, "embedding_encoding": encoding},
+        "lineage": lineage or {},
+        "tokenizer": None if tokenizer is None else "tokenizer.json",
+    }
+    write_packed(output, metadata, _tensors(model, encoding, tokenizer), crc32c)
+
+
+def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
+    if spec.weight_bits != 4 or spec.group_size % GROUP:
+        raise InputError(
+            f"the model is quantized to {spec.weight_bits} bits in groups of {spec.group_size}; a packed file holds 4 bits "
+            f"in groups of a multiple of {GROUP}"
+        )
+    if spec.activation_bits != 8:
+        raise InputError("the model was trained with activations at 16 bits; the runtime rounds them to 8, train with "
+                         "qat.quant.activation_bits=8")
+    for name, value in (("hidden_size", config.hidden_size), ("ffn_size", config.ffn_size), ("head_dim", config.head_dim)):
+        if value % GROUP:
+            raise InputError(f"model.{name}={value} is not a multiple of {GROUP}, which the packed layout needs")
+    if config.head_dim > 512:
+        raise InputError(f"model.head_dim={config.head_dim}; the runtime goes up to 512")
+
+
+def _model_metadata(config: ModelConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(config)
+    del fields["init_std"]
+    return {**fields, "attention": list(config.attention_kinds)}
+
+
+def _tensors(model: Decoder, encoding: str, tokenizer: Tokenizer | None) -> Iterator[Callable[[], PackedTensor]]:
+    yield partial(_embedding, model, "embed", encoding)
+    if model.head is not None:
+        yield partial(_embedding, model, "head", encoding)
+    for index, kind in enumerate(model.config.attention_kinds):
+        name = f"blocks.{index}"
+        if kind != "skip":
+            yield partial(_vector, model, f"{name}.attention_norm")
+            yield partial(_matrix, model, f"{name}.attention.qkv", [f"{name}.attention.{part}.weight" for part in "qkv"])
+            yield partial(_matrix, model, f"{name}.attention.out", [f"{name}.attention.o.weight"])
+        yield partial(_vector, model, f"{name}.feed_forward_norm")
+        gate_up = [f"{name}.feed_forward.{part}.weight" for part in ("gate", "up")]
+        yield partial(_matrix, model, f"{name}.feed_forward.gate_up", gate_up)
+        yield partial(_matrix, model, f"{name}.feed_forward.down", [f"{name}.feed_forward.down.weight"])
+    yield partial(_vector, model, "norm")
+    yield lambda: f32("rope.inverse_frequencies", _inverse_frequencies(model.config).numpy())
+    if tokenizer is not None:
+        yield lambda: blob("tokenizer.json", tokenizer.to_json().encode())
+
+
+def _inverse_frequencies(config: ModelConfig) -> Tensor:
+    """As `modeling.layers.rope_tables` computes them, in fp32: the runtime needs no power function of its own."""
+    return 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+
+
+def _vector(model: Decoder, name: str) -> PackedTensor:
+    return f32(name, model.get_parameter(f"{name}.weight").detach().float().cpu().numpy())
+
+
+def _matrix(model: Decoder, name: str, parts: list[str]) -> PackedTensor:
+    """The rows of one or more linears with the same input, one after the other."""
+    codes, scales = zip(*(convert_weight(model, part) for part in parts), strict=True)
+    return int4(name, _numpy(codes), _per_group(_numpy(scales), codes[0].shape[1]))
+
+
+def _embedding(model: Decoder, name: str, encoding: str) -> PackedTensor:
+    weight = f"{name}.weight"
+    if encoding == "int4" and weight in quantized_weights(model):
+        return _matrix(model, name, [weight])
+    table = model.get_parameter(weight).detach()
+    width = table.shape[1]
+    spec = QuantSpec(weight_bits=8, group_size=width) if encoding == "int8" else QuantSpec()
+    scales = group_scales(table, spec)
+    codes = quantize(table, scales, spec)
+    if encoding == "int8":
+        return int8(name, _numpy([codes]), _numpy([scales])[:, 0].astype(np.float32))
+    return int4(name, _numpy([codes]), _numpy([scales]))
+
+
+def _numpy(parts: Any) -> Any:
+    return torch.cat(list(parts)).cpu().numpy()
+
+
+def _per_group(scales: Any, width: int) -> Any:
+    """Scales of larger groups, once for each 32 weights."""
+    return np.repeat(scales, width // GROUP // scales.shape[1], axis=1)
