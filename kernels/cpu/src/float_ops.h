@@ -121,15 +121,17 @@ template <typename V> struct FloatOps {
         for (int i = 0; i < n; i += 16) V::store(x + i, exponential(V::load(x + i)));
     }
 
+    // Four streams, asked for early: the fastest way found to read memory on one core.
     static uint64_t read(const uint8_t *data, size_t bytes) {
-        typename V::Sum sum0 = V::no_sum(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
-        for (size_t i = 0; i + 256 <= bytes; i += 256) {
-            sum0 = V::add_line(sum0, data + i);
-            sum1 = V::add_line(sum1, data + i + 64);
-            sum2 = V::add_line(sum2, data + i + 128);
-            sum3 = V::add_line(sum3, data + i + 192);
+        typename V::Sum sums[4] = {V::no_sum(), V::no_sum(), V::no_sum(), V::no_sum()};
+        size_t part = bytes / 4 / 64 * 64;
+        for (size_t i = 0; i < part; i += 64) {
+            for (size_t s = 0; s < 4; ++s) {
+                __builtin_prefetch(data + s * part + i + 4096, 0, 2);
+                sums[s] = V::add_line(sums[s], data + s * part + i);
+            }
         }
-        return V::all(sum0) + V::all(sum1) + V::all(sum2) + V::all(sum3);
+        return V::all(sums[0]) + V::all(sums[1]) + V::all(sums[2]) + V::all(sums[3]);
     }
 
     // ---- attention ----------------------------------------------------------------------------------------------

@@ -116,26 +116,56 @@ void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int
     for (int t = 0; t < T; ++t) store_rows(y + size_t(t) * stride, _mm512_mul_ps(total[t], _mm512_set1_ps(scales[t])), rows);
 }
 
-// One token: memory sets the pace, so the next lines are asked for early and two sums keep the multipliers apart.
-void int4_vector(const Matrix &w, const uint8_t *panel, const int8_t *x, const int32_t *offsets, float scale, float *y, int rows) {
-    const uint8_t *codes = panel + w.scale_bytes();
+// One token and S panels that lie apart: memory sets the pace, and one core reads several streams faster than one. The lines of
+// kAhead bytes further on are asked for, into the second cache: the first has too few requests in flight.
+constexpr int kStreams = 4, kAhead = 4096;
+
+template <int S>
+void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) {
+    const uint8_t *scales[S], *codes[S];
+    __m512 total[S];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+        scales[s] = w.panel(first + s * step);
+        codes[s] = scales[s] + w.scale_bytes();
+        total[s] = _mm512_setzero_ps();
+    }
     const __m512i low = _mm512_set1_epi8(15);
-    __m512 total = _mm512_setzero_ps();
+    const int8_t *four = x.codes;
     for (int g = 0, groups = w.groups(); g < groups; ++g) {
-        __m512i acc0 = _mm512_set1_epi32(offsets[g]), acc1 = _mm512_setzero_si512();
+        __m512i acc[S];
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) acc[s] = _mm512_set1_epi32(x.offsets[g]);
 #pragma GCC unroll 4
         for (int b = 0; b < 4; ++b) {
-            _mm_prefetch(reinterpret_cast<const char *>(codes + b * 64 + 2048), _MM_HINT_T0);
-            __m512i both = _mm512_loadu_si512(codes + b * 64);
-            acc0 = _mm512_dpbusd_epi32(acc0, _mm512_and_si512(both, low), broadcast(x + b * 8));
-            acc1 = _mm512_dpbusd_epi32(acc1, _mm512_and_si512(_mm512_srli_epi16(both, 4), low), broadcast(x + b * 8 + 4));
+            __m512i x0 = broadcast(four + b * 8), x1 = broadcast(four + b * 8 + 4);
+#pragma GCC unroll 4
+            for (int s = 0; s < S; ++s) {
+                const uint8_t *at = codes[s] + size_t(g) * 256 + b * 64;
+                _mm_prefetch(reinterpret_cast<const char *>(at + kAhead), _MM_HINT_T1);
+                __m512i both = _mm512_loadu_si512(at);
+                acc[s] = _mm512_dpbusd_epi32(acc[s], _mm512_and_si512(both, low), x0);
+                acc[s] = _mm512_dpbusd_epi32(acc[s], _mm512_and_si512(_mm512_srli_epi16(both, 4), low), x1);
+            }
         }
-        __m512 group_scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(panel + g * 32)));
-        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(acc0, acc1)), group_scale, total);
-        codes += 256;
-        x += kGroup;
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) {
+            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales[s] + g * 32)));
+            total[s] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[s]), scale, total[s]);
+        }
+        four += kGroup;
     }
-    store_rows(y, _mm512_mul_ps(total, _mm512_set1_ps(scale)), rows);
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+        int panel = first + s * step;
+        store_rows(y + size_t(panel) * kPanel, _mm512_mul_ps(total[s], _mm512_set1_ps(x.scales[0])), w.rows - panel * kPanel);
+    }
+}
+
+void int4_vector_all(const Matrix &w, const Rows &x, int begin, int end, float *y) {
+    int step = (end - begin) / kStreams;
+    for (int p = begin; p < begin + step; ++p) int4_vector<kStreams>(w, p, step, x, y);
+    for (int p = begin + step * kStreams; p < end; ++p) int4_vector<1>(w, p, 0, x, y);
 }
 
 template <int T>
@@ -173,14 +203,14 @@ constexpr Tile kTiles[kTile] = {tile<1>, tile<2>, tile<3>, tile<4>,  tile<5>,  t
                                 tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>};
 
 void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride) {
+    if (x.count == 1 && w.encoding == Matrix::kInt4) {
+        int4_vector_all(w, x, begin, end, y);
+        return;
+    }
     for (int p = begin; p < end; ++p) {
         const uint8_t *panel = w.panel(p);
         float *out = y + size_t(p) * kPanel;
         int rows = smaller(kPanel, w.rows - p * kPanel);
-        if (x.count == 1 && w.encoding == Matrix::kInt4) {
-            int4_vector(w, panel, x.codes, x.offsets, x.scales[0], out, rows);
-            continue;
-        }
         for (int t = 0; t < x.count; t += kTile) {
             int count = smaller(kTile, x.count - t);
             const int8_t *codes = x.count == 1 ? x.codes : x.packed + size_t(t) * size_t(x.k);
