@@ -2,7 +2,7 @@
 // same IEEE operation in the same order everywhere, and sums go from 16 partial sums down a fixed tree, so all variants
 // give the same bits. No libm: its functions differ between systems.
 //
-// V has: load, store, set, zero, +, -, *, / , fma(a, b, c) = a b + c, larger, smaller, nearest (half to even), power_of_two (of
+// V has: kQueries (how many query rows fit its registers), load, store, set, zero, +, -, *, / , fma(a, b, c) = a b + c, larger, smaller, nearest (half to even), power_of_two (of
 // integral floats), sum (tree: 8, 4, 2, 1), top, load_half, store_half, load_int8, store_int8.
 #pragma once
 
@@ -174,22 +174,25 @@ template <typename V> struct FloatOps {
             last = larger(last, queries[i].last);
         }
         int begin = first / kPanel, end = last / kPanel + 1, stride = (end - begin) * kPanel;
-        for (int i = 0; i < count; i += 4) {
-            int part = smaller(count - i, 4);
-            if (ring.layout.type == PF_KV_F32) key_scores<Float32>(ring, queries + i, part, scale, begin, end, scores + i * stride);
-            else if (ring.layout.type == PF_KV_F16) key_scores<Float16>(ring, queries + i, part, scale, begin, end, scores + i * stride);
-            else int8_scores(ring, queries + i, part, scale, begin, end, scores + i * stride);
+        constexpr int Q = V::kQueries;
+        for (int i = 0; i < count; i += Q) {
+            int part = smaller(count - i, Q);
+            float *out = scores + i * stride;
+            if (ring.layout.type == PF_KV_INT8) int8_scores(ring, queries + i, part, scale, begin, end, out);
+            else if (ring.layout.type == PF_KV_F16) key_scores<Float16>(ring, queries + i, part, scale, begin, end, out);
+            else key_scores<Float32>(ring, queries + i, part, scale, begin, end, out);
         }
         float sums[kQueryTile];
         for (int i = 0; i < count; ++i) {
             int hidden = queries[i].first - begin * kPanel, seen = queries[i].last - begin * kPanel + 1;
             sums[i] = softmax_numerators(scores + i * stride, hidden, seen, stride);
         }
-        for (int i = 0; i < count; i += 4) {
-            int part = smaller(count - i, 4);
-            if (ring.layout.type == PF_KV_F32) weigh_values<Float32>(ring, queries + i, part, begin, end, scores + i * stride, sums + i);
-            else if (ring.layout.type == PF_KV_F16) weigh_values<Float16>(ring, queries + i, part, begin, end, scores + i * stride, sums + i);
-            else weigh_values<Int8>(ring, queries + i, part, begin, end, scores + i * stride, sums + i);
+        for (int i = 0; i < count; i += Q) {
+            int part = smaller(count - i, Q);
+            float *p = scores + i * stride;
+            if (ring.layout.type == PF_KV_INT8) weigh_values<Int8>(ring, queries + i, part, begin, end, p, sums + i);
+            else if (ring.layout.type == PF_KV_F16) weigh_values<Float16>(ring, queries + i, part, begin, end, p, sums + i);
+            else weigh_values<Float32>(ring, queries + i, part, begin, end, p, sums + i);
         }
     }
 
@@ -211,36 +214,38 @@ template <typename V> struct FloatOps {
     // A lane is a token: each score sums over head_dim in order, without a reduction across lanes.
     template <typename T>
     static void key_scores(KvRing ring, const Query *queries, int count, float scale, int begin, int end, float *scores) {
-        const float *q[4];
-        for (int i = 0; i < 4; ++i) q[i] = queries[smaller(i, count - 1)].q;
+        if (count > V::kQueries / 2) key_scores_of<T, V::kQueries>(ring, queries, count, scale, begin, end, scores);
+        else if (count > 1) key_scores_of<T, V::kQueries / 2>(ring, queries, count, scale, begin, end, scores);
+        else key_scores_of<T, 1>(ring, queries, count, scale, begin, end, scores);
+    }
+
+    template <typename T, int Q>
+    static void key_scores_of(KvRing ring, const Query *queries, int count, float scale, int begin, int end, float *scores) {
+        const float *q[Q];
+        for (int i = 0; i < Q; ++i) q[i] = queries[smaller(i, count - 1)].q;  // the last one stands in for those that lack
         int d = ring.layout.head_dim, stride = (end - begin) * kPanel;
         for (int b = begin; b < end; ++b) {
             const uint8_t *keys = block_of(ring, b * kPanel);
-            V sum0 = V::zero(), sum1 = V::zero(), sum2 = V::zero(), sum3 = V::zero();
-            if (count == 1) {
-                for (int j = 0; j < d; ++j) sum0 = V::fma(V::set(q[0][j]), T::load(keys + T::size * 16 * j), sum0);
-            } else {
-                for (int j = 0; j < d; ++j) {
-                    V key = T::load(keys + T::size * 16 * j);
-                    sum0 = V::fma(V::set(q[0][j]), key, sum0);
-                    sum1 = V::fma(V::set(q[1][j]), key, sum1);
-                    sum2 = V::fma(V::set(q[2][j]), key, sum2);
-                    sum3 = V::fma(V::set(q[3][j]), key, sum3);
-                }
+            V sums[Q];
+#pragma GCC unroll 8
+            for (int i = 0; i < Q; ++i) sums[i] = V::zero();
+            for (int j = 0; j < d; ++j) {
+                V key = T::load(keys + T::size * 16 * j);
+#pragma GCC unroll 8
+                for (int i = 0; i < Q; ++i) sums[i] = V::fma(V::set(q[i][j]), key, sums[i]);
             }
             float *out = scores + (b - begin) * kPanel;
-            V factor = V::set(scale);
-            V::store(out, sum0 * factor);
-            if (count > 1) V::store(out + stride, sum1 * factor);
-            if (count > 2) V::store(out + 2 * stride, sum2 * factor);
-            if (count > 3) V::store(out + 3 * stride, sum3 * factor);
+#pragma GCC unroll 8
+            for (int i = 0; i < Q; ++i) {
+                if (i < count) V::store(out + i * stride, sums[i] * V::set(scale));
+            }
         }
     }
 
     // Queries are quantized as activations are; dot products are exact integers.
     static void int8_scores(KvRing ring, const Query *queries, int count, float scale, int begin, int end, float *scores) {
-        int8_t codes[4][kMaxHeadDim];
-        float scales[4];
+        int8_t codes[V::kQueries][kMaxHeadDim];
+        float scales[V::kQueries];
         int32_t unused[kMaxHeadDim / kGroup];
         const KvLayout &layout = ring.layout;
         int stride = (end - begin) * kPanel;
@@ -290,27 +295,40 @@ template <typename V> struct FloatOps {
                 }
             }
         }
-        const float *p[4];
-        for (int i = 0; i < 4; ++i) p[i] = scores + smaller(i, count - 1) * stride;
+        if (count > V::kQueries / 2) add_values<T, V::kQueries>(ring, queries, count, begin, end, scores, sums);
+        else if (count > 1) add_values<T, V::kQueries / 2>(ring, queries, count, begin, end, scores, sums);
+        else add_values<T, 1>(ring, queries, count, begin, end, scores, sums);
+    }
+
+    template <typename T, int Q>
+    static void add_values(KvRing ring, const Query *queries, int count, int begin, int end, const float *scores, const float *sums) {
+        const KvLayout &layout = ring.layout;
+        int d = layout.head_dim, stride = (end - begin) * kPanel;
+        const float *p[Q];
+        for (int i = 0; i < Q; ++i) p[i] = scores + smaller(i, count - 1) * stride;
         for (int c = 0; c < d; c += 32) {
-            V acc[4][2];
-            for (int i = 0; i < 4; ++i) acc[i][0] = acc[i][1] = V::zero();
+            V low[Q], high[Q];
+#pragma GCC unroll 8
+            for (int i = 0; i < Q; ++i) low[i] = high[i] = V::zero();
             for (int b = begin; b < end; ++b) {
                 const uint8_t *values = block_of(ring, b * kPanel) + layout.values() + T::size * size_t(c);
+                int at = (b - begin) * kPanel;
                 for (int j = 0; j < kPanel; ++j, values += T::size * size_t(d)) {
                     V v0 = T::load(values), v1 = T::load(values + T::size * 16);
-                    int at = (b - begin) * kPanel + j;
-                    for (int i = 0; i < 4; ++i) {
-                        V weight = V::set(p[i][at]);
-                        acc[i][0] = V::fma(weight, v0, acc[i][0]);
-                        acc[i][1] = V::fma(weight, v1, acc[i][1]);
+#pragma GCC unroll 8
+                    for (int i = 0; i < Q; ++i) {
+                        V weight = V::set(p[i][at + j]);
+                        low[i] = V::fma(weight, v0, low[i]);
+                        high[i] = V::fma(weight, v1, high[i]);
                     }
                 }
             }
-            for (int i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+            for (int i = 0; i < Q; ++i) {
+                if (i >= count) continue;
                 V total = V::set(sums[i]);
-                V::store(queries[i].out + c, acc[i][0] / total);
-                V::store(queries[i].out + c + 16, acc[i][1] / total);
+                V::store(queries[i].out + c, low[i] / total);
+                V::store(queries[i].out + c + 16, high[i] / total);
             }
         }
     }

@@ -36,16 +36,25 @@ struct Rows {
 };
 
 // Tiles of `tile` rows, the last one of what is left: codes [k / 4][rows of the tile][4], offsets [k / 32][rows of the tile].
-inline void pack_tiles(Rows &x, int tile) {
-    for (int first = 0; first < x.count; first += tile) {
-        int rows = smaller(tile, x.count - first);
-        int8_t *codes = x.packed + size_t(first) * size_t(x.k);
-        int32_t *offsets = x.packed_offsets + size_t(first) * size_t(x.k / kGroup);
+// Only the tiles that begin in [first, last).
+inline void pack_tiles(Rows &x, int tile, int first, int last) {
+    first = (first + tile - 1) / tile * tile;
+    for (; first < last; first += tile) {
+        int rows = smaller(tile, x.count - first), fours = x.k / 4;
+        // Sixteen columns of 4 are one cache line of a row: written while they are near.
+        int32_t *codes = reinterpret_cast<int32_t *>(x.packed + size_t(first) * size_t(x.k));
+        const int32_t *from = reinterpret_cast<const int32_t *>(x.codes + size_t(first) * size_t(x.k));
+        for (int begin = 0; begin < fours; begin += 16) {
+            int end = smaller(begin + 16, fours);
+            for (int r = 0; r < rows; ++r) {
+                for (int i = begin; i < end; ++i) codes[i * rows + r] = from[r * fours + i];
+            }
+        }
+        int groups = x.k / kGroup;
+        int32_t *offsets = x.packed_offsets + size_t(first) * size_t(groups);
+        const int32_t *sums = x.offsets + size_t(first) * size_t(groups);
         for (int r = 0; r < rows; ++r) {
-            const int8_t *from = x.codes + size_t(first + r) * size_t(x.k);
-            for (int i = 0; i < x.k / 4; ++i) memcpy(codes + (size_t(i) * rows + r) * 4, from + i * 4, 4);
-            const int32_t *sums = x.offsets + size_t(first + r) * size_t(x.k / kGroup);
-            for (int g = 0; g < x.k / kGroup; ++g) offsets[g * rows + r] = sums[g];
+            for (int g = 0; g < groups; ++g) offsets[g * rows + r] = sums[r * groups + g];
         }
     }
 }
@@ -87,7 +96,7 @@ struct Ops {
     bool (*supported)();
     // y[t, row] for all rows of panels [begin, end) and tokens of x; y has `stride` floats a token.
     void (*multiply)(const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride);
-    void (*pack_rows)(Rows &x);  // fills x.packed, for more than one row; may be null
+    void (*pack_rows)(Rows &x, int first, int last);  // fills x.packed for tiles beginning in [first, last); may be null
     void (*quantize_row)(const float *x, int k, int8_t *codes, float *scale, int32_t *offsets);
     void (*rms_norm)(const float *x, const float *weight, int n, float eps, float *out);  // weight may be null
     void (*rope)(float *x, int head_dim, Rope rope);

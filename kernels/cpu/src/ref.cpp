@@ -6,6 +6,7 @@ namespace {
 
 // Sixteen floats and nothing clever.
 struct Lanes {
+    static constexpr int kQueries = 2;
     float v[16];
 
     template <typename F> static Lanes each(F f) {

@@ -226,7 +226,8 @@ void pf_session::quantize(const float *x, int k, int count) {
             model->ops->quantize_row(x + row, k, rows_.codes + row, rows_.scales + t, rows_.offsets + row / pf::kGroup);
         }
     });
-    if (count > 1 && model->ops->pack_rows != nullptr) model->ops->pack_rows(rows_);
+    if (count == 1 || model->ops->pack_rows == nullptr) return;
+    pool.split(count, [&](int begin, int end, int) { model->ops->pack_rows(rows_, begin, end); });
 }
 
 void pf_session::multiply(const Matrix &w, float *y, size_t stride, Operation operation) {

@@ -8,6 +8,7 @@ namespace pf {
 namespace {
 
 struct Lanes {
+    static constexpr int kQueries = 4;
     __m256 a, b;
 
     static Lanes load(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -205,7 +206,7 @@ void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size
     }
 }
 
-void pack(Rows &x) { pack_tiles(x, kTile); }
+void pack(Rows &x, int first, int last) { pack_tiles(x, kTile, first, last); }
 
 bool supported() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

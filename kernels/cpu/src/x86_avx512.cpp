@@ -8,6 +8,7 @@ namespace pf {
 namespace {
 
 struct Lanes {
+    static constexpr int kQueries = 8;
     __m512 v;
 
     static Lanes load(const float *p) { return {_mm512_loadu_ps(p)}; }
@@ -220,7 +221,7 @@ void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size
     }
 }
 
-void pack(Rows &x) { pack_tiles(x, kTile); }
+void pack(Rows &x, int first, int last) { pack_tiles(x, kTile, first, last); }
 
 bool supported() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
