@@ -71,7 +71,7 @@ def run_stage(job: StageJob, process: Process) -> StageResult:
     tokenizer = find_tokenizer(job, start)
     data = _prepare_data(job, start, tokenizer)
     mesh = build_mesh(job.parallel, process)
-    torch.manual_seed(job.seed + process.rank)
+    torch.manual_seed((job.seed + process.rank) % 2**63)  # torch takes 64 bits; a stage's seed is four times the run's
     module = _build_student(job, start, mesh, process)
     teacher = _build_teacher(job, start, tokenizer, mesh, process)
     optimizer = build_optimizer(module, job.config.optim)
