@@ -35,7 +35,6 @@ from stages.config import (
 )
 from stages.errors import InputError
 
-
 Resource = Annotated[float, Ge(0), Le(1e6)]
 """CPUs or GPUs; Ray takes parts of one."""
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from launch.cli import is_ours
 from launch.config import Recipe, from_dict, read_toml, save_toml, to_dict
+from stages.config import STAGES
 from stages.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +29,8 @@ FREE = ("launch", "checkpoint", "tracking", "evaluation", "train.log_every", "tr
 def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Iterator[Path]:
     """Hold `directory` for this run. Raises InputError where another run, or another process, has it.
 
-    Under torchrun the first process holds it for all.
+    Under torchrun the first process holds it for all. A new run whose input is refused before it trained anything
+    leaves no claim, so that the corrected command finds the directory as this one did.
     """
     if os.environ.get("RANK", "0") != "0":
         yield directory
@@ -42,6 +46,8 @@ def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Iterator[Path]
                              "resume it with its own recipe.toml, or name another --output-dir")
     elif directory.is_dir() and any(directory.iterdir()) and not _only_ours(directory):
         raise InputError(f"{directory} is not empty and holds no run (no recipe.toml); name another --output-dir")
+    is_new = not saved.is_file()
+    made = missing_folders(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,9 +55,46 @@ def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Iterator[Path]
     try:
         with FileLock(directory / ".lock", timeout=0):
             save_toml(recipe, saved)
-            yield directory
+            try:
+                yield directory
+            except ValueError as error:
+                if is_new and is_ours(error) and not _has_trained(directory):
+                    _give_up(directory, made)
+                raise
     except Timeout:
         raise InputError(f"{directory} is in use by another process; wait for it, or name another --output-dir") from None
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """`path` and its parents as far as they do not exist, innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Take away what was made for nothing; a folder that holds something by now stays."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _has_trained(directory: Path) -> bool:
+    logged = any(path.stat().st_size for path in directory.glob("*/metrics.jsonl"))
+    return logged or any(directory.glob("*/checkpoints/step-*/commit.json"))
+
+
+def _give_up(directory: Path, made: list[Path]) -> None:
+    """Remove what a refused start left in its new directory. Called with the lock held, so nobody else is in it.
+
+    Prepared data stays where there is any: it is keyed by its content, and the next start is let in beside it.
+    """
+    for name in (*STAGES, "ray"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    data = directory / "data"
+    if not any(path.is_file() and not path.name.startswith(".") for path in data.rglob("*")):
+        shutil.rmtree(data, ignore_errors=True)
+    for name in ("recipe.toml", ".lock"):
+        (directory / name).unlink(missing_ok=True)
+    remove_empty(made)
 
 
 def _only_ours(directory: Path) -> bool:
