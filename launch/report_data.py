@@ -81,6 +81,9 @@ def read_run(directory: Path) -> RunRecord:
     documents = [_newest_checkpoint(directory / name / "checkpoints") for name in reversed(stages)]
     model = next((found for path in documents if path and (found := _read_model(path / "model.json", notes))), None)
     tasks = _read_json(directory / "export" / "evaluation.json", notes)
+    source = _read_json(directory / "export" / "source.json", notes)
+    if isinstance(source, dict) and "left_out" in source:
+        notes.append(f"export/hf was left out: {source['left_out']}")
     return RunRecord(
         name=directory.resolve().name,
         recipe=recipe,
