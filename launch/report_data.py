@@ -153,7 +153,7 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Numbers]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             numbers = _numbers(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             bad += 1
             continue
         if math.isfinite(numbers.get("step", math.nan)):
@@ -179,7 +179,7 @@ def _read_json(path: Path, notes: list[str]) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.parent.name}/{path.name} cannot be read ({error}); its part is left out.")
         return None
 
