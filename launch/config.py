@@ -22,6 +22,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.config import HeldOutConfig, SourceConfig, TokenizerConfig
+from launch.tasks import find_clash
 from modeling.config import ModelConfig
 from stages.config import (
     STAGES,
@@ -111,6 +112,8 @@ class Recipe:
                 raise ValueError(
                     f"train.held_out {held_out.name!r} names the source {missing[0]!r}; the stages have {sorted(known)}"
                 )
+        if clash := find_clash(self.evaluation.tasks):
+            raise ValueError(f"evaluation.tasks: {clash}")
         if self.launch.nodes and self.launch.workers % self.launch.nodes:
             raise ValueError(f"launch.workers={self.launch.workers} does not spread evenly over "
                              f"launch.nodes={self.launch.nodes}; use a multiple")

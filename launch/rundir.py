@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -116,6 +117,22 @@ def first_difference(before: Recipe, after: Recipe) -> str | None:
         if not any(key == free or key.startswith(free + ".") for free in FREE) and old.get(key) != new.get(key):
             return f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
     return None
+
+
+def check_output(path: Path) -> None:
+    """Raises InputError where `--output` is taken or cannot be written, before any work is done for it."""
+    made: list[Path] = []
+    try:
+        if path.exists() or path.is_symlink():
+            raise InputError(f"--output {path} exists; name another, nothing is overwritten")
+        made = missing_folders(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {path} cannot be written ({error.strerror}); name a place that you may write") from None
+    finally:
+        remove_empty(made)
 
 
 def write_json(path: Path, value: Any) -> None:
