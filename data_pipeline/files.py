@@ -139,7 +139,7 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested thousands deep
             raise DataError(f"{file}: line {number} is not JSON ({error}); correct or remove the line") from error
         if not isinstance(row, dict):
             raise DataError(f"{file}: line {number} holds {type(row).__name__}; expected a JSON object a line")

@@ -85,7 +85,8 @@ class Mixture:
     def _build_block(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, number within the block among that source's) of each position of a block."""
         shares = self._shares[phase]
-        generator = np.random.Generator(np.random.Philox(key=[self.seed & _MASK64, (phase << 48) ^ block]))
+        key = np.array([self.seed & _MASK64, (phase << 48) ^ block], np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
         numbers = np.concatenate([np.arange(share) for share in shares])
         keys = (numbers + generator.random(BLOCK)) / np.repeat(shares, shares)
         order = np.argsort(keys, kind="stable")

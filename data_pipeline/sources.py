@@ -79,7 +79,7 @@ def choose(documents: Iterable[Document], max_bytes: int, seed: int) -> list[Doc
     One pass, about `max_bytes` of text in memory: the documents with the smallest keyed hashes stay. A text that alone
     is too long is cut, so that the answer is empty only for an empty source.
     """
-    salt = seed.to_bytes(8, "little", signed=True)
+    salt = (seed & (2**64 - 1)).to_bytes(8, "little")
     heap: list[tuple[int, int, int, Document]] = []
     total = 0
     for order, document in enumerate(documents):

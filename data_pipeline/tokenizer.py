@@ -158,7 +158,7 @@ def _declared_tokens(file: Path) -> dict[str, str]:
         return {}
     try:
         config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error}); replace the file or remove it") from error
     found: dict[str, str] = {}
     for role in ("bos", "eos", "pad"):

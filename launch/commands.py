@@ -49,39 +49,62 @@ def recipe_command(doc: str | None) -> None:
     directory = options.output_dir or Path("runs") / recipe.name
     started = time.monotonic()
     with open_run(recipe, directory, resume=options.resume):
-        train_stages(recipe, directory, names, init_from=None)
+        train_stages(recipe, directory, names, init_from=_stage_before(recipe, directory, names[0]))
         if not is_first():
             return
         _say(f"trained in {time.monotonic() - started:.0f} s")
-        export_and_evaluate(recipe.evaluation, directory, names)
+        export_and_evaluate(recipe, directory)
         _finish(directory)
     _say(f"done in {time.monotonic() - started:.0f} s")
 
 
 def _stage_names(recipe: Recipe, chosen: str | None) -> list[StageName]:
     names = list(recipe.stages())
+    if not names:
+        raise InputError(f"recipe {recipe.name} has no stage; give it at least pretrain")
     if chosen is None:
         return names
     wanted = [name for name in chosen.split(",") if name]
     if unknown := [name for name in wanted if name not in names]:
         raise InputError(f"--stages {unknown[0]!r}; recipe {recipe.name} has {', '.join(names)}")
+    if not wanted:
+        raise InputError(f"--stages {chosen!r} names no stage; recipe {recipe.name} has {', '.join(names)}")
     return [name for name in STAGES if name in wanted]
 
 
-def export_and_evaluate(config: EvaluationConfig, directory: Path, names: list[StageName]) -> None:
-    """What follows training, in this process: export/hf, export/evaluation.json, samples.json."""
-    from stages.checkpoint import resolve
-    from stages.export import export_hf
+def _stage_before(recipe: Recipe, directory: Path, first: StageName) -> str | None:
+    """The folder of the last finished stage before `first`, where `first` needs one. Raises InputError for none."""
+    if first == "pretrain":
+        return None
+    from stages.checkpoint import latest
+
+    earlier = [name for name in recipe.stages() if STAGES.index(name) < STAGES.index(first)]
+    stands = []
+    for name in reversed(earlier):
+        planned = recipe.stages()[name].steps
+        wanted = min(planned, recipe.train.steps or planned)
+        newest = latest(directory / name / "checkpoints")
+        step = 0 if newest is None else int(newest.name.removeprefix("step-"))
+        if step >= wanted:
+            return str(directory / name)
+        stands.append(f"{name} at step {step} of {wanted}")
+    raise InputError(f"{first} starts from a trained model and {directory} has no finished stage before it "
+                     f"({', '.join(reversed(stands)) or 'the recipe has none'}); run the earlier stages first, or use "
+                     f"launch/{first}.py to start from another run")
+
+
+def export_and_evaluate(recipe: Recipe, directory: Path) -> None:
+    """What follows training, in this process: export/hf, export/evaluation.json, samples.json, lineage.json.
+
+    It is about all stages that the directory holds, also where this command ran only some of them.
+    """
+    from stages.checkpoint import latest, resolve
     from stages.loading import load_model
 
+    config = recipe.evaluation
+    names = [name for name in recipe.stages() if latest(directory / name / "checkpoints") is not None]
     final = resolve(directory)
-    target = directory / "export" / "hf"
-    marker = directory / "export" / "source.json"
-    source = {"checkpoint": str(final.relative_to(directory))}
-    if not (target.exists() and marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == source):
-        _remove_old(target)
-        export_hf(final, target)
-        write_json(marker, source)
+    _export(final, directory)
     write_json(directory / "export" / "evaluation.json", _evaluate(config, load_model(final)))
     samples = [
         {"stage": name, "prompt": prompt, "text": continue_text(load_model(directory / name), prompt, config.max_new_tokens)}
@@ -90,6 +113,35 @@ def export_and_evaluate(config: EvaluationConfig, directory: Path, names: list[S
     ]
     write_json(directory / "samples.json", samples)
     write_json(directory / "lineage.json", _lineage(directory, names))
+
+
+def _export(final: Path, directory: Path) -> None:
+    """export/hf of the final checkpoint. Where no layout holds the model it is left out, and said: the rest goes on.
+
+    export/source.json says of which checkpoint the folder is, or why there is none; the report reads it.
+    """
+    from modeling.hf_convert import ConversionError
+    from stages.export import export_hf
+
+    target, marker = directory / "export" / "hf", directory / "export" / "source.json"
+    source = {"checkpoint": str(final.relative_to(directory))}
+    if target.exists() and _read_marker(marker) == source:
+        return
+    _remove_old(target)
+    try:
+        export_hf(final, target)
+    except ConversionError as error:
+        _say(f"warning: export/hf is left out: {error}")
+        source["left_out"] = str(error)
+    write_json(marker, source)
+
+
+def _read_marker(path: Path) -> object:
+    """A damaged marker says nothing: the export is made anew."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _remove_old(target: Path) -> None:

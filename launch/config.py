@@ -15,34 +15,48 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
+from annotated_types import Ge, Le, MinLen
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.config import HeldOutConfig, SourceConfig, TokenizerConfig
+from launch.tasks import find_clash
 from modeling.config import ModelConfig
-from stages.config import STAGES, CheckpointConfig, ParallelConfig, StageConfig, StageName, TrainConfig
+from stages.config import (
+    STAGES,
+    CheckpointConfig,
+    Natural,
+    ParallelConfig,
+    Positive,
+    StageConfig,
+    StageName,
+    TrainConfig,
+)
 from stages.errors import InputError
+
+Resource = Annotated[float, Ge(0), Le(1e6)]
+"""CPUs or GPUs; Ray takes parts of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """Where the workers run."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
     runner: Literal["auto", "ray", "local"] = "auto"
     """`ray` uses Ray Train; `local` this process (or torchrun's); `auto` is local for one worker outside a Ray job."""
-    workers: int = 1
+    workers: Positive = 1
     """Training processes over all nodes."""
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
-    threads_per_worker: int = 0
+    cpus_per_worker: Resource = 1.0
+    gpus_per_worker: Resource = 0.0
+    threads_per_worker: Annotated[int, Ge(0), Le(1024)] = 0
     """Threads of one worker's tensor operations; 0 takes cpus_per_worker under Ray and torch's default alone."""
-    nodes: int = 0
+    nodes: Natural = 0
     """Spread the workers evenly over exactly this many nodes; 0 leaves the placement to Ray."""
-    max_failures: int = 2
+    max_failures: Natural = 2
     """How often a lost worker group is started again from its last checkpoint."""
 
 
@@ -50,22 +64,22 @@ class LaunchConfig:
 class EvaluationConfig:
     """What is scored when the last stage is done."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
     tasks: tuple[str, ...] = ()
     """Task names (read from the data folder) or paths. A named task that the data folder lacks is left out, and said."""
-    limit: int | None = None
+    limit: Positive | None = None
     """Items a task; None takes all."""
     prompts: tuple[str, ...] = ()
     """Continued by every stage's model for the report."""
-    max_new_tokens: int = 48
+    max_new_tokens: Annotated[int, Ge(1), Le(2**20)] = 48
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Weights & Biases."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "pocketforge"
@@ -75,9 +89,9 @@ class TrackingConfig:
 class Recipe:
     """Everything about a run."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    name: str
+    name: Annotated[str, MinLen(1)]
     model: ModelConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     pretrain: StageConfig | None = None
@@ -98,8 +112,8 @@ class Recipe:
                 raise ValueError(
                     f"train.held_out {held_out.name!r} names the source {missing[0]!r}; the stages have {sorted(known)}"
                 )
-        if self.launch.workers < 1:
-            raise ValueError(f"launch.workers={self.launch.workers} must be at least 1")
+        if clash := find_clash(self.evaluation.tasks):
+            raise ValueError(f"evaluation.tasks: {clash}")
         if self.launch.nodes and self.launch.workers % self.launch.nodes:
             raise ValueError(f"launch.workers={self.launch.workers} does not spread evenly over "
                              f"launch.nodes={self.launch.nodes}; use a multiple")
@@ -165,7 +179,12 @@ def _first_problem(error: ValidationError) -> str:
         case "value_error":
             return str(problem["ctx"]["error"])
         case _:
-            return f"{path}={problem['input']!r}: {problem['msg']}"
+            return f"{path}={_shown(problem['input'])}: {problem['msg']}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _suggest(path: str) -> str:
@@ -209,6 +228,8 @@ def apply_overrides(values: dict[str, Any], overrides: Mapping[str, str]) -> dic
     """Set dotted keys. A value is read as TOML where it is TOML (numbers, true, lists), else as text; `none` unsets."""
     result = json.loads(json.dumps(values))
     for key, text in overrides.items():
+        if not is_unicode(text):
+            raise InputError(f"--{key}={text!r} is not UTF-8; expected text in UTF-8")
         *parents, last = key.replace("-", "_").split(".")
         node: Any = result
         for depth, part in enumerate(parents):
@@ -228,10 +249,19 @@ def apply_overrides(values: dict[str, Any], overrides: Mapping[str, str]) -> dic
     return result
 
 
+def is_unicode(text: str) -> bool:
+    """Whether an argument can be written as UTF-8: bytes that were none reach us as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _parse(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also for a number of thousands of digits, which tomllib does not catch
         return text
 
 
@@ -257,7 +287,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a recipe in TOML") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not TOML ({error})") from None
 
 

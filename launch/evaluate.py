@@ -12,7 +12,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
 
 from launch.cli import Parser, run  # noqa: E402
+from launch.rundir import check_output  # noqa: E402
 from launch.tasks import Task  # noqa: E402
+from stages.errors import InputError  # noqa: E402
 
 
 def main() -> None:
@@ -23,9 +25,15 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $POCKETFORGE_DATA, else data/")
     parser.add_argument("--output", type=Path, metavar="F.json", required=True)
     options, _ = parser.parse()
+    if options.limit is not None and options.limit < 1:
+        raise InputError(f"--limit {options.limit}; expected at least 1, or leave it out to score all")
+    names = [name for name in options.tasks.split(",") if name]
+    if not names:
+        raise InputError(f"--tasks {options.tasks!r} names no task; give names or paths, with commas between")
+    check_output(options.output)
     from launch.tasks import resolve_tasks
 
-    tasks = resolve_tasks([name for name in options.tasks.split(",") if name], folder=options.data_dir)
+    tasks = resolve_tasks(names, folder=options.data_dir)
     evaluate(options.model, tasks, options.limit, options.output)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
 
 from launch.cli import Parser, run  # noqa: E402
+from launch.rundir import check_output  # noqa: E402
 from stages.errors import InputError  # noqa: E402
 
 
@@ -27,11 +28,14 @@ def main() -> None:
     options, overrides = parser.parse()
     if options.to != "hf":
         raise InputError(f"--to {options.to} is not there yet; this version writes --to hf")
-    if options.output.exists():
-        raise InputError(f"--output {options.output} exists; name another, nothing is overwritten")
     if (options.checkpoint is None) == (options.recipe is None):
         raise InputError("give either --checkpoint C, or --recipe NAME --random-weights")
+    check_output(options.output)
     if options.checkpoint is not None:
+        if options.random_weights:
+            raise InputError("--random-weights goes with --recipe, and --checkpoint has weights; drop one of the two")
+        if overrides:
+            raise InputError(f"--{next(iter(overrides))} changes a recipe, and --checkpoint is exported as it is; drop it")
         from stages.checkpoint import resolve
         from stages.export import export_hf
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
 
 from launch.cli import Parser, run  # noqa: E402
+from launch.config import is_unicode  # noqa: E402
 from stages.errors import InputError  # noqa: E402
 
 
@@ -21,8 +23,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     options, _ = parser.parse()
-    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
-        raise InputError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
+    _check(options)
     from data_pipeline.chat import render_prompt
     from modeling.generate import generate
     from stages.loading import load_model
@@ -46,6 +47,17 @@ def main() -> None:
             sys.stdout.flush()
             shown = text
     sys.stdout.write(tokenizer.decode(produced)[len(shown):] + "\n")
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, least, most in (("max_new_tokens", 1, 2**20), ("temperature", 0, 1e6), ("seed", 0, 2**63 - 1)):
+        value = getattr(options, name)
+        if not least <= value <= most:  # a nan is not in between either
+            raise InputError(f"--{name.replace('_', '-')} {value}; expected {least} to {most:g}")
+    if not 0 < options.top_p <= 1:
+        raise InputError(f"--top-p {options.top_p}; expected more than 0 and at most 1")
+    if not is_unicode(options.prompt):
+        raise InputError(f"--prompt {options.prompt!r} is not UTF-8; expected text in UTF-8")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ def read_run(directory: Path) -> RunRecord:
     documents = [_newest_checkpoint(directory / name / "checkpoints") for name in reversed(stages)]
     model = next((found for path in documents if path and (found := _read_model(path / "model.json", notes))), None)
     tasks = _read_json(directory / "export" / "evaluation.json", notes)
+    source = _read_json(directory / "export" / "source.json", notes)
+    if isinstance(source, dict) and "left_out" in source:
+        notes.append(f"export/hf was left out: {source['left_out']}")
     return RunRecord(
         name=directory.resolve().name,
         recipe=recipe,
@@ -150,7 +153,7 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Numbers]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             numbers = _numbers(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             bad += 1
             continue
         if math.isfinite(numbers.get("step", math.nan)):
@@ -176,7 +179,7 @@ def _read_json(path: Path, notes: list[str]) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.parent.name}/{path.name} cannot be read ({error}); its part is left out.")
         return None
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from launch.cli import is_ours
 from launch.config import Recipe, from_dict, read_toml, save_toml, to_dict
+from stages.config import STAGES
 from stages.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +30,8 @@ FREE = ("launch", "checkpoint", "tracking", "evaluation", "train.log_every", "tr
 def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Iterator[Path]:
     """Hold `directory` for this run. Raises InputError where another run, or another process, has it.
 
-    Under torchrun the first process holds it for all.
+    Under torchrun the first process holds it for all. A new run whose input is refused before it trained anything
+    leaves no claim, so that the corrected command finds the directory as this one did.
     """
     if os.environ.get("RANK", "0") != "0":
         yield directory
@@ -42,6 +47,8 @@ def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Iterator[Path]
                              "resume it with its own recipe.toml, or name another --output-dir")
     elif directory.is_dir() and any(directory.iterdir()) and not _only_ours(directory):
         raise InputError(f"{directory} is not empty and holds no run (no recipe.toml); name another --output-dir")
+    is_new = not saved.is_file()
+    made = missing_folders(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,9 +56,46 @@ def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Iterator[Path]
     try:
         with FileLock(directory / ".lock", timeout=0):
             save_toml(recipe, saved)
-            yield directory
+            try:
+                yield directory
+            except ValueError as error:
+                if is_new and is_ours(error) and not _has_trained(directory):
+                    _give_up(directory, made)
+                raise
     except Timeout:
         raise InputError(f"{directory} is in use by another process; wait for it, or name another --output-dir") from None
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """`path` and its parents as far as they do not exist, innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Take away what was made for nothing; a folder that holds something by now stays."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _has_trained(directory: Path) -> bool:
+    logged = any(path.stat().st_size for path in directory.glob("*/metrics.jsonl"))
+    return logged or any(directory.glob("*/checkpoints/step-*/commit.json"))
+
+
+def _give_up(directory: Path, made: list[Path]) -> None:
+    """Remove what a refused start left in its new directory. Called with the lock held, so nobody else is in it.
+
+    Prepared data stays where there is any: it is keyed by its content, and the next start is let in beside it.
+    """
+    for name in (*STAGES, "ray"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    data = directory / "data"
+    if not any(path.is_file() and not path.name.startswith(".") for path in data.rglob("*")):
+        shutil.rmtree(data, ignore_errors=True)
+    for name in ("recipe.toml", ".lock"):
+        (directory / name).unlink(missing_ok=True)
+    remove_empty(made)
 
 
 def _only_ours(directory: Path) -> bool:
@@ -73,6 +117,22 @@ def first_difference(before: Recipe, after: Recipe) -> str | None:
         if not any(key == free or key.startswith(free + ".") for free in FREE) and old.get(key) != new.get(key):
             return f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
     return None
+
+
+def check_output(path: Path) -> None:
+    """Raises InputError where `--output` is taken or cannot be written, before any work is done for it."""
+    made: list[Path] = []
+    try:
+        if path.exists() or path.is_symlink():
+            raise InputError(f"--output {path} exists; name another, nothing is overwritten")
+        made = missing_folders(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {path} cannot be written ({error.strerror}); name a place that you may write") from None
+    finally:
+        remove_empty(made)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Le
+
+# Bounds are checked where a recipe is read (launch/config.py).
+Size = Annotated[int, Ge(1), Le(2**31 - 1)]
 AttentionKind = Literal["full", "window", "skip"]
 
 
@@ -17,30 +21,30 @@ AttentionKind = Literal["full", "window", "skip"]
 class ModelConfig:
     """A decoder of the MobileLLM line: pre-norm RMSNorm, RoPE, GQA, SwiGLU, no biases."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
+    vocab_size: Size
+    hidden_size: Size
+    num_layers: Size
     """Stored blocks. With `block_repeat` > 1 each runs that many times in a row."""
-    num_heads: int
-    num_kv_heads: int
+    num_heads: Size
+    num_kv_heads: Size
     """Key/value heads; equal to num_heads for plain attention, 1 for multi-query."""
-    ffn_size: int
-    head_dim: int = 64
-    max_positions: int = 2048
+    ffn_size: Size
+    head_dim: Size = 64
+    max_positions: Size = 2048
     """Longest sequence the model is meant for, in tokens."""
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
+    rope_theta: Annotated[float, Gt(0)] = 10_000.0
+    norm_eps: Annotated[float, Gt(0)] = 1e-5
+    init_std: Annotated[float, Ge(0)] = 0.02
     tie_embeddings: bool = True
     qk_norm: bool = False
     """Weight-free RMS normalisation of each query and key head (MobileLLM-R1)."""
-    block_repeat: int = 1
+    block_repeat: Size = 1
     """Block-wise sharing: how often each stored block runs before the next (2 for MobileLLM-LS)."""
     attention: tuple[AttentionKind, ...] = ()
     """Attention kind of each stored block; empty means full everywhere. `skip` blocks are feed-forward only."""
-    window: int = 512
+    window: Size = 512
     """Positions a `window` layer sees, itself included, in tokens."""
 
     def __post_init__(self) -> None:

@@ -47,7 +47,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """One id from logits [V]."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True)
+    # From the largest down, and never divided by a denormal: a tiny temperature tends to the likeliest token, not to nan.
+    scaled = (logits - logits.max()) / max(temperature, 1e-30)
+    probabilities, order = torch.softmax(scaled, -1).sort(descending=True)
     # A token stays while what stands before it has not reached top_p, so the likeliest always does.
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

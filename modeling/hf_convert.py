@@ -123,7 +123,7 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: cannot be read ({error}); expected a Hugging Face model folder") from None
     if not isinstance(value, dict):
         raise ConversionError(f"{path}: holds no object; expected a Hugging Face config")

@@ -94,7 +94,7 @@ def _commit_files(path: Path) -> dict[str, dict[str, Any]]:
             Path(name).name == name and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
             for name, entry in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:
         raise CheckpointError(f"{path / COMMIT} is missing or damaged; the checkpoint does not count: use another")
@@ -115,7 +115,7 @@ def read_document(path: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not what was written (SHA-256 differs); the checkpoint is damaged")
     try:
         document = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise CheckpointError(f"{file} is not a JSON object; the checkpoint is damaged")

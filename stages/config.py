@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from data_pipeline.config import DataConfig, HeldOutConfig
 from quant.spec import QuantSpec
 
+# Bounds are checked where a recipe is read (launch/config.py). The upper one keeps products of counts within 64 bits.
+Positive = Annotated[int, Ge(1), Le(2**31 - 1)]
+Natural = Annotated[int, Ge(0), Le(2**31 - 1)]
+Share = Annotated[float, Ge(0), Le(1)]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 StageName = Literal["pretrain", "midtrain", "sft", "qat"]
 STAGES: tuple[StageName, ...] = ("pretrain", "midtrain", "sft", "qat")
 
@@ -16,22 +23,22 @@ STAGES: tuple[StageName, ...] = ("pretrain", "midtrain", "sft", "qat")
 class OptimConfig:
     """AdamW and its schedule."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    lr: float
+    lr: Annotated[float, Ge(0)]
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 0
-    decay_steps: int = 0
+    warmup_steps: Natural = 0
+    decay_steps: Natural = 0
     """Length of the final decay of `wsd`, in steps."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """Where the schedule ends, as a share of the peak."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
+    eps: Annotated[float, Gt(0)] = 1e-8
+    weight_decay: Annotated[float, Ge(0)] = 0.1
     """Applied to matrices, not to norm weights."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, Ge(0)] = 1.0
     """Largest global gradient norm; 0 does not clip."""
 
 
@@ -39,33 +46,33 @@ class OptimConfig:
 class DistillConfig:
     """Forward KL to a teacher's logits, mixed with cross entropy."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    teacher: str
+    teacher: Annotated[str, MinLen(1)]
     """`init` for the model the stage starts from (self-distillation), else a run, checkpoint or Hugging Face folder."""
-    weight: float = 1.0
+    weight: Share = 1.0
     """Loss = weight * KL + (1 - weight) * cross entropy."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One of the four stages."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
     data: DataConfig
     optim: OptimConfig
-    steps: int
-    seq_len: int
+    steps: Positive
+    seq_len: Positive
     """Tokens a row."""
-    global_batch: int
+    global_batch: Positive
     """Rows an optimizer step, over all workers."""
-    micro_batch: int = 0
+    micro_batch: Natural = 0
     """Rows a forward pass on one worker; 0 takes all of the worker's rows at once."""
-    rope_theta: float | None = None
+    rope_theta: Annotated[float, Gt(0)] | None = None
     """Replaces the model's RoPE base from this stage on (context extension)."""
-    max_positions: int | None = None
+    max_positions: Positive | None = None
     distill: DistillConfig | None = None
     quant: QuantSpec | None = None
 
@@ -79,16 +86,16 @@ class StageConfig:
 class TrainConfig:
     """What all stages of a run share."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    steps: int | None = None
+    steps: Positive | None = None
     """When given, every stage of this command takes this many optimizer steps."""
-    log_every: int = 10
+    log_every: Positive = 10
     """Steps between two lines of metrics.jsonl."""
-    seed: int = 0
+    seed: Seed = 0
     held_out: tuple[HeldOutConfig, ...] = ()
     """Scored before and after every stage."""
-    eval_every: int = 0
+    eval_every: Natural = 0
     """Also score the held-out sets every so many steps; 0 does not."""
 
 
@@ -96,9 +103,9 @@ class TrainConfig:
 class ParallelConfig:
     """How a finished model is spread over workers."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    replicate: int = 1
+    replicate: Positive = 1
     """HSDP: groups that hold whole copies; the other workers shard within a group."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type of weights and activations; master weights, gradients' sum and optimizer stay fp32."""
@@ -107,7 +114,7 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     library: Literal["torch", "torchtitan"] = "torch"
     """Who builds the mesh and clips the gradient: torch itself, or torchtitan's functions for the same."""
-    timeout_seconds: float = 300.0
+    timeout_seconds: Annotated[float, Gt(0), Le(1e9)] = 300.0
     """How long a collective waits for a lost worker."""
 
 
@@ -115,10 +122,10 @@ class ParallelConfig:
 class CheckpointConfig:
     """When model, optimizer, loader position and RNG are saved."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    every: int = 0
+    every: Natural = 0
     """Steps between checkpoints; 0 saves at the end of a stage only."""
-    keep: int = 2
+    keep: Positive = 2
     """Newest committed checkpoints kept in a stage."""
     asynchronous: bool = True

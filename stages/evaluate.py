@@ -118,6 +118,9 @@ def choice_pairs(item: ChoiceItem) -> list[tuple[str, str]]:
             raise InputError(f"winogrande item {item.id}: expected a sentence with `_` and text after it")
         return [(before + choice.strip(), after.rstrip()) for choice in item.choices]
     if item.task == "mmlu":
+        if len(item.choices) > len(LETTERS):
+            raise InputError(f"mmlu item {item.id} has {len(item.choices)} choices; expected at most {len(LETTERS)}, one for "
+                             "each letter; take some away")
         return [(_lettered(item), f" {LETTERS[index]}") for index in range(len(item.choices))]
     context = f"{item.context.strip()}\n" if item.context.strip() else ""
     question = item.question.strip()

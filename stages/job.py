@@ -9,11 +9,12 @@ from data_pipeline.config import HeldOutConfig, SourceConfig, TokenizerConfig
 from data_pipeline.tokenizer import Tokenizer
 from modeling.config import ModelConfig
 from quant.spec import QuantSpec
-from stages.checkpoint import latest, resolve
+from stages.checkpoint import committed, latest, read_document, resolve
 from stages.config import STAGES, CheckpointConfig, ParallelConfig, StageConfig, StageName, TrainConfig
 from stages.distributed import Process, on_first
 from stages.errors import CheckpointError, InputError
 from stages.kinds import StageKind, stage_model
+from stages.lineage import Lineage
 from stages.midtrain import MIDTRAIN
 from stages.parallel.mesh import check_world
 from stages.pretrain import PRETRAIN
@@ -76,6 +77,11 @@ class Start:
     """Checkpoint of this stage to go on from."""
     state: RunState | None
     parent: Path | None
+    """Checkpoint that the stage started from; None also where a resumed stage's parent is no longer there."""
+    parent_name: str | None
+    """The parent as the lineage names it, which stays when the checkpoint itself is gone."""
+    parent_tokens: int
+    """Tokens trained on before this stage."""
     parent_model: ModelConfig | None
     parent_quant: QuantSpec | None
     model: ModelConfig
@@ -107,23 +113,45 @@ def find_start(job: StageJob, process: Process) -> Start:
 
 
 def _find_start(job: StageJob) -> Start:
+    if (resumed := latest(job.folder / "checkpoints")) is not None:
+        return _go_on(job, resumed)
     parent = None if job.init_from is None else resolve(Path(job.init_from))
+    name, tokens = (None, 0) if parent is None else (str(parent), _lineage(parent).tokens_seen)
+    return _start(job, None, None, parent, name, tokens)
+
+
+def _go_on(job: StageJob, resumed: Path) -> Start:
+    """A resumed stage keeps the parent it once started from, whatever has been trained in the earlier stage since."""
+    if not job.resume:
+        raise InputError(f"{job.folder} already holds checkpoints; add --resume, or name another --output-dir")
+    state, lineage = RunState.read(resumed), _lineage(resumed)
+    _check_same_run(job, state, resumed)
+    parent = None if lineage.parent is None else _parent_on_disk(job, Path(lineage.parent))
+    return _start(job, resumed, state, parent, lineage.parent, lineage.tokens_seen - state.tokens)
+
+
+def _start(
+    job: StageJob, resumed: Path | None, state: RunState | None, parent: Path | None, name: str | None, tokens: int
+) -> Start:
+    """The models of both checkpoints read, and held against the recipe's."""
     parent_model, parent_quant = (None, None) if parent is None else read_model(parent)
     base = job.model
-    if parent is not None and parent_model is not None:
-        _check_same_model(job.model, parent_model, parent)
-        base = parent_model
+    for checkpoint in filter(None, (parent, resumed)):
+        base, wanted = read_model(checkpoint)[0], base
+        _check_same_model(wanted, base, checkpoint)
     model = stage_model(job.config, base, job.stage)
-    resumed = latest(job.folder / "checkpoints")
-    state = None
-    if resumed is not None:
-        if not job.resume:
-            raise InputError(f"{job.folder} already holds checkpoints; add --resume, or name another --output-dir")
-        _check_same_model(model, read_model(resumed)[0], resumed)
-        state = RunState.read(resumed)
-        _check_same_run(job, state, resumed)
-    return Start(resumed=resumed, state=state, parent=parent, parent_model=parent_model, parent_quant=parent_quant,
-                 model=model)  # fmt: skip
+    return Start(resumed=resumed, state=state, parent=parent, parent_name=name, parent_tokens=tokens,
+                 parent_model=parent_model, parent_quant=parent_quant, model=model)  # fmt: skip
+
+
+def _parent_on_disk(job: StageJob, recorded: Path) -> Path | None:
+    """The recorded parent, or its place in this run where the run was moved; None where it is gone."""
+    moved = Path(job.output_dir, *recorded.parts[-3:])
+    return next((path for path in (recorded, moved) if path in committed(path.parent)), None)
+
+
+def _lineage(checkpoint: Path) -> Lineage:
+    return Lineage.from_dict(read_document(checkpoint, "lineage"))
 
 
 def _check_same_model(wanted: ModelConfig, found: ModelConfig, where: Path) -> None:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from modeling.decoder import Decoder
 from modeling.init import init_weights
 from quant.apply import prepare as quantize
 from quant.spec import QuantSpec
-from stages.checkpoint import CheckpointWriter, latest, read_document
+from stages.checkpoint import CheckpointWriter, latest
 from stages.distributed import Process
 from stages.errors import CheckpointError, InputError
 from stages.held_out import HeldOutScores
@@ -71,7 +70,7 @@ def run_stage(job: StageJob, process: Process) -> StageResult:
     tokenizer = find_tokenizer(job, start)
     data = _prepare_data(job, start, tokenizer)
     mesh = build_mesh(job.parallel, process)
-    torch.manual_seed(job.seed + process.rank)
+    torch.manual_seed((job.seed + process.rank) % 2**63)  # torch takes 64 bits; a stage's seed is four times the run's
     module = _build_student(job, start, mesh, process)
     teacher = _build_teacher(job, start, tokenizer, mesh, process)
     optimizer = build_optimizer(module, job.config.optim)
@@ -150,7 +149,9 @@ def _build_teacher(
     if distill is None:
         return None
     if distill.teacher == "init":
-        assert start.parent is not None and start.parent_model is not None, "the stage's check() ran"
+        if start.parent is None or start.parent_model is None:
+            raise CheckpointError(f"{job.stage} learns from {start.parent_name}, the checkpoint it started from, which is "
+                                  "gone; bring it back, or start the stage anew in another --output-dir")
         teacher = TeacherModel(build_decoder(start.parent_model, start.parent_quant))
         parallelize(teacher, job.parallel, mesh)
         teacher.to_empty(device=process.device)
@@ -220,7 +221,6 @@ class _Saver:
     def __post_init__(self) -> None:
         root = self.job.folder / "checkpoints"
         self.writer = CheckpointWriter(root, self.job.checkpoint, self.process.rank, self.process.world)
-        self.parent_tokens = 0 if self.start.parent is None else _tokens_seen(self.start.parent)
 
     def save(self, step: int) -> None:
         job = self.job
@@ -230,9 +230,8 @@ class _Saver:
             data_fingerprint=self.data.fingerprint, world=self.process.world, global_batch=job.config.global_batch,
         )  # fmt: skip
         lineage = Lineage(
-            parent=None if self.start.parent is None else str(self.start.parent), recipe_hash=job.recipe_hash,
-            data_fingerprint=self.data.fingerprint, tokens_seen=self.parent_tokens + tokens, stage=job.stage, step=step,
-            revision=code_revision(),
+            parent=self.start.parent_name, recipe_hash=job.recipe_hash, data_fingerprint=self.data.fingerprint,
+            tokens_seen=self.start.parent_tokens + tokens, stage=job.stage, step=step, revision=code_revision(),
         )  # fmt: skip
         documents: dict[str, dict[str, Any] | bytes] = {
             "model": model_document(self.start.model, job.config.quant), "state": state.to_dict(),
@@ -251,7 +250,3 @@ class _Saver:
 
     def __exit__(self, *_: object) -> None:
         self.writer.wait()
-
-
-def _tokens_seen(checkpoint: Path) -> int:
-    return int(read_document(checkpoint, "lineage")["tokens_seen"])

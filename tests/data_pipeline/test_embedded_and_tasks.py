@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,12 @@ def test_a_wrong_item_is_named_by_file_and_row(tmp_path: Path, change: dict) -> 
     file = write_rows(tmp_path / "t.jsonl", [ITEM, {**ITEM, **change}])
     with pytest.raises(DataError, match=r"t\.jsonl: row 2"):
         read_choice_items(file)
+
+
+def test_a_row_nested_thousands_deep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text(json.dumps(ITEM) + "\n" + "[" * 20_000 + "\n")
+    with pytest.raises(DataError, match=r"deep\.jsonl: line 2 is not JSON"):
+        read_choice_items(tmp_path / "deep.jsonl")
 
 
 def test_texts_are_one_a_plain_file_and_one_a_row(tmp_path: Path) -> None:

@@ -76,3 +76,9 @@ def test_every_pass_reads_each_row_once_also_over_a_change_of_weights() -> None:
 def test_a_source_repeated_forty_times_is_shuffled_anew_each_time() -> None:
     _, rows = Mixture([50], [(0, [1.0])], seed=2).lookup(0, 2000)
     assert len({tuple(rows[i : i + 50].tolist()) for i in range(0, 2000, 50)}) == 40
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1, 2**64, 2**65 + 3])
+def test_no_seed_is_too_large_or_too_small(seed: int) -> None:
+    _, rows = Mixture([50], [(0, [1.0])], seed=seed).lookup(0, 50)
+    assert sorted(rows.tolist()) == list(range(50))

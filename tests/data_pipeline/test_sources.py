@@ -177,3 +177,8 @@ def test_a_data_set_in_the_hub_form_is_streamed_and_an_unreadable_one_is_named(t
     assert found == [row["text"] for row in ROWS][: len(found)] and 400 < len("".join(found).encode()) <= 500
     with pytest.raises(DataError, match="cannot stream"):
         list(read_documents(SourceConfig(name="s", path=str(tmp_path / "none"), format="hf")))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_any_seed_chooses(text_source: Make, seed: int) -> None:
+    assert list(read_documents(text_source("s", max_bytes=400), seed=seed))

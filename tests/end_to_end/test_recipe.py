@@ -145,6 +145,38 @@ def test_torchrun_trains_on_two_processes_and_writes_one_run(tmp_path: Path) -> 
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+ONE_STEP = ["--recipe", "smoke", "--train.steps", "1", "--train.held_out", "[]", "--tracking.wandb", "disabled",
+            "--evaluation.prompts", '["The"]']
+
+
+def test_a_model_that_no_layout_holds_is_finished_without_the_export(tmp_path: Path) -> None:
+    run, shape = tmp_path / "run", ["--model.attention", '["window", "full"]']
+    done = launch("recipe", *ONE_STEP, *shape, "--stages", "pretrain", "--output-dir", str(run))
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "window" in warnings[0]
+    for name in ("lineage.json", "report.html", "samples.json", "export/evaluation.json"):
+        assert (run / name).is_file(), name
+    assert not (run / "export" / "hf").exists()
+    assert "export/hf was left out" in (run / "report.html").read_text()
+
+
+def test_a_chosen_stage_starts_from_the_finished_one_before_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    alone = launch("recipe", *ONE_STEP, "--stages", "midtrain", "--output-dir", str(run))
+    assert alone.returncode == 2 and "pretrain at step 0 of 1" in alone.stderr
+    assert len(alone.stderr.strip().splitlines()) == 1 and "--init-from" not in alone.stderr
+    assert not run.exists()
+    first = launch("pretrain", *ONE_STEP, "--output-dir", str(run))
+    assert first.returncode == 0, first.stderr
+    done = launch("recipe", *ONE_STEP, "--resume", "--stages", "midtrain", "--output-dir", str(run))
+    assert done.returncode == 0, done.stderr
+    chain = json.loads((run / "lineage.json").read_text())["stages"]
+    assert [entry["stage"] for entry in chain] == ["pretrain", "midtrain"]
+    assert chain[0]["checkpoint"] in chain[1]["parent"]
+    assert {row["stage"] for row in json.loads((run / "samples.json").read_text())} == {"pretrain", "midtrain"}
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_worker_killed_in_mid_run_is_restarted_and_the_losses_are_the_same(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def pretrain_job(folder: Path, **changes: Any) -> StageJob:
 def change(job: StageJob, **changes: Any) -> StageJob:
     """`job` with fields replaced, wherever they are."""
     for name, value in changes.items():
-        if hasattr(job, name):
+        if name in {item.name for item in fields(job)}:
             job = replace(job, **{name: value})
             continue
         for part in ("config", "train", "checkpoint", "parallel"):

@@ -45,7 +45,19 @@ def test_every_command_explains_itself(name: str, tmp_path: Path) -> None:
         ("sft", ["--recipe", "smoke"], "--init-from"),
         ("recipe", ["--recipe", "smoke", "--stages", "pretrain,polish"], "polish"),
         ("export", ["--to", "gguf", "--output", "x", "--checkpoint", "y"], "gguf"),
+        ("export", ["--to", "hf", "--output", "x", "--checkpoint", "y", "--random-weights"], "--random-weights"),
+        ("export", ["--to", "hf", "--output", "x", "--checkpoint", "y", "--train.steps", "5"], "--train.steps"),
+        ("export", ["--to", "hf", "--output", "/proc/x/y", "--checkpoint", "y"], "/proc/x/y"),
         ("evaluate", ["--model", "none", "--tasks", "arc_eazy", "--output", "o.json"], "arc_eazy"),
+        ("evaluate", ["--model", "none", "--tasks", ",", "--output", "o.json"], "--tasks"),
+        ("evaluate", ["--model", "none", "--tasks", "a", "--limit", "0", "--output", "o.json"], "--limit"),
+        ("evaluate", ["--model", "none", "--tasks", "a,x/a.jsonl", "--output", "o.json"], "'a'"),
+        ("evaluate", ["--model", "none", "--tasks", "a", "--output", "."], "exists"),
+        ("evaluate", ["--model", "none", "--tasks", "a", "--output", "/proc/x/s.json"], "cannot be written"),
+        ("recipe", ["--recipe", "smoke", "--evaluation.tasks", '["a", "x/a.txt"]'], "evaluation.tasks"),
+        ("generate", ["--model", "none", "--prompt", "a", "--temperature", "nan"], "--temperature"),
+        ("generate", ["--model", "none", "--prompt", "a", "--seed", str(2**70)], "--seed"),
+        ("generate", ["--model", "none", "--prompt", os.fsdecode(b"\xff\xfe")], "--prompt"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(name: str, arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -112,3 +124,37 @@ def test_the_runner_follows_the_recipe_and_the_environment(monkeypatch: pytest.M
     assert choose_runner(two) == "local"
     with pytest.raises(InputError, match="torchrun started 2"):
         choose_runner(one)
+
+
+REFUSED = [
+    ["--pretrain.data.sources", '[{name="mine", path="lost.jsonl"}]'],
+    ["--pretrain.seq_len", "1000000"],
+    ["--model.vocab_size", "10"],
+    ["--tokenizer.vocab_size", "10"],
+    ["--pretrain.data.sources.0.max_passes", "1e-9"],
+]
+
+
+@pytest.mark.parametrize("wrong", REFUSED, ids=lambda wrong: wrong[0])
+def test_input_that_is_refused_leaves_the_directory_to_the_corrected_command(wrong: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "a" / "run"
+    arguments = ["--recipe", "smoke", "--output-dir", str(run), "--train.held_out", "[]", "--train.steps", "1",
+                 "--tracking.wandb", "disabled"]
+    done = command("pretrain", *arguments, *wrong, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    left = {path.name for path in run.iterdir()} if run.exists() else set()
+    assert left <= {"data"}
+    with open_run(load_recipe("smoke", {}), run, resume=False):
+        pass
+
+
+def test_what_is_not_the_inputs_fault_or_came_after_training_keeps_the_run(tmp_path: Path) -> None:
+    recipe = load_recipe("smoke", {})
+    with pytest.raises(RuntimeError), open_run(recipe, tmp_path / "a", resume=False):
+        raise RuntimeError("a crash")
+    assert (tmp_path / "a" / "recipe.toml").is_file()
+    with pytest.raises(InputError, match="late"), open_run(recipe, tmp_path / "b", resume=False):
+        (tmp_path / "b" / "pretrain").mkdir()
+        (tmp_path / "b" / "pretrain" / "metrics.jsonl").write_text('{"step": 1}\n')
+        raise InputError("late")
+    assert (tmp_path / "b" / "recipe.toml").is_file() and (tmp_path / "b" / "pretrain" / "metrics.jsonl").is_file()

@@ -237,3 +237,9 @@ def test_wrong_shapes_are_told() -> None:
         build(TINY)(tokens(1, 5), cache=KVCache(TINY, 1, 4))
     with pytest.raises(ValueError, match="did you mean 'mobilellm_125m'"):
         family("mobillm_125m")
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])
+def test_a_tiny_temperature_tends_to_the_likeliest_token(temperature):
+    logits = torch.tensor([1.0, 50.0, 49.0])
+    assert sample(logits, temperature, 1.0, torch.Generator().manual_seed(0)) == 1

@@ -149,6 +149,11 @@ def test_mmlu_lists_its_choices_and_scores_a_letter() -> None:
     assert pairs == [("Where is the cat?\nA. a mat\nB. on the dike\nAnswer:", f" {letter}") for letter in "AB"]
 
 
+def test_mmlu_has_no_more_choices_than_letters() -> None:
+    with pytest.raises(InputError, match="27 choices; expected at most 26"):
+        choice_pairs(item(task="mmlu", choices=tuple("abcdefghijklmnopqrstuvwxyz0")))
+
+
 def test_acc_takes_the_sum_and_acc_norm_the_mean_per_character(
     model: Decoder, tokenizer: Tokenizer, scorer: Scorer
 ) -> None:

@@ -81,6 +81,12 @@ def _run_until(job, step):
             run_job(job)
 
 
+@pytest.mark.parametrize("seed", [2**63 - 1, -1])
+def test_the_largest_seed_trains_too(tmp_path, seed):
+    job = pretrain_job(tmp_path, steps=1, seed=seed)
+    assert run_job(job).step == 1
+
+
 def test_a_complete_stage_is_skipped(tmp_path):
     job = pretrain_job(tmp_path, steps=2)
     assert not run_job(job).skipped
