@@ -1,7 +1,7 @@
 """Score a model: perplexity (word_perplexity, bits_per_byte) on text, acc and acc_norm on multiple choice.
 
-M is a run directory, a checkpoint, a Hugging Face folder or a packed file. A task is a name (arc_easy, wikitext2 ...), read from
---data-dir, or a path to a text file or JSON Lines.
+M is a run directory, a checkpoint, a Hugging Face folder or a packed file. A task is a name (arc_easy, wikitext2 ...),
+read from --data-dir, or a path to a text file or JSON Lines.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from launch.runner import choose_runner
 from stages.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["recipe", "pretrain", "midtrain", "sft", "qat", "evaluate", "export", "generate", "list"]
+COMMANDS = ["recipe", "pretrain", "midtrain", "sft", "qat", "evaluate", "export", "generate", "list", "measure"]
 
 
 def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
