@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
 
 from launch.cli import Parser, run  # noqa: E402
-from launch.config import is_unicode  # noqa: E402
+from launch.overrides import is_unicode  # noqa: E402
 from stages.errors import InputError  # noqa: E402
 
 
