@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
 
 from launch.cli import Parser, run  # noqa: E402
-from launch.config import is_unicode  # noqa: E402
 from launch.models import add_runtime_options, load_generator  # noqa: E402
+from launch.overrides import is_unicode  # noqa: E402
 from stages.errors import InputError  # noqa: E402
 
 
@@ -53,10 +53,10 @@ def main() -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, least, most in (("max_new_tokens", 1, 2**20), ("temperature", 0, 1e6), ("seed", 0, 2**63 - 1)):
+    for name, least, most in (("max_new_tokens", 1, 2**20), ("temperature", 0, 1_000_000), ("seed", 0, 2**63 - 1)):
         value = getattr(options, name)
         if not least <= value <= most:  # a nan is not in between either
-            raise InputError(f"--{name.replace('_', '-')} {value}; expected {least} to {most:g}")
+            raise InputError(f"--{name.replace('_', '-')} {value}; expected {least} to {most}")
     if not 0 < options.top_p <= 1:
         raise InputError(f"--top-p {options.top_p}; expected more than 0 and at most 1")
     if not is_unicode(options.prompt):

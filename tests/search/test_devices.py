@@ -177,8 +177,8 @@ def test_a_real_ssh_connection_measures(sshd, model, tmp_path):
 def test_measure_writes_json_and_a_picture(model, tmp_path):
     from tests.launch.test_cli import command
 
-    done = command("measure", "--model", str(model), "--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "2", "--output",
-                   "m.json", "--plot", "m.png", cwd=tmp_path)  # fmt: skip
+    done = command("measure", "--model", str(model), "--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "2",
+                   "--output", "m.json", "--plot", "m.png", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert set(REQUIRED) <= json.loads((tmp_path / "m.json").read_text()).keys()
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
