@@ -90,7 +90,9 @@ DAMAGES = {
     "tensors empty": (lambda data: with_metadata(data, lambda d: {**d, "tensors": []}), "tensors: 0"),
     "tensors of numbers": (lambda data: with_metadata(data, lambda d: {**d, "tensors": [1, 2]}), "no name"),
     "no model": (lambda data: with_metadata(data, lambda d: {"tensors": d["tensors"]}), "model: missing"),
-    "a tensor missing": (lambda data: with_metadata(data, lambda d: {**d, "tensors": d["tensors"][1:]}), "tensor embed: missing"),
+    "a tensor missing": (
+        lambda data: with_metadata(data, lambda d: {**d, "tensors": d["tensors"][1:]}), "tensor embed: missing"
+    ),
     "overlap": (lambda data: with_metadata(data, lambda d: {**d, "tensors": [
         d["tensors"][0], d["tensors"][1] | {"offset": d["tensors"][0]["offset"]}, *d["tensors"][2:]]}), "overlaps"),
     "unaligned tensor": (first_tensor(offset=3), "offset"),
