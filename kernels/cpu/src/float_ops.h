@@ -285,7 +285,7 @@ template <typename V> struct FloatOps {
     template <typename T>
     static void weigh_values(KvRing ring, const Query *queries, int count, int begin, int end, float *scores, const float *sums) {
         const KvLayout &layout = ring.layout;
-        int d = layout.head_dim, stride = (end - begin) * kPanel;
+        int stride = (end - begin) * kPanel;
         if (layout.type == PF_KV_INT8) {
             for (int b = begin; b < end; ++b) {
                 V scales = V::load(reinterpret_cast<const float *>(block_of(ring, b * kPanel) + layout.value_scales()));
