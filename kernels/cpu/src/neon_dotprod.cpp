@@ -40,16 +40,23 @@ template <int S> PF_DOTPROD void int4_vector(const Matrix &w, int first, int ste
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
             int32x4_t acc[4] = {offset, offset, offset, offset};
+            for (int b = 0; b < 4; ++b) __builtin_prefetch(codes[s] + b * 64 + kAhead, 0, 2);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; ++b) {
                 int8x16_t four = b < 2 ? x0 : x1;
-                __builtin_prefetch(codes[s] + b * 64 + kAhead, 0, 2);
+                uint8x16_t both[4];
 #pragma GCC unroll 4
-                for (int r = 0; r < 4; ++r) {
-                    uint8x16_t both = vld1q_u8(codes[s] + b * 64 + r * 16);
-                    acc[r] = dot(acc[r], low_nibbles(both), four, b % 2 * 2);
-                    acc[r] = dot(acc[r], high_nibbles(both), four, b % 2 * 2 + 1);
-                }
+                for (int r = 0; r < 4; ++r) both[r] = vld1q_u8(codes[s] + b * 64 + r * 16);
+                int8x16_t low[4];
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; ++r) low[r] = low_nibbles(both[r]);
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; ++r) acc[r] = dot(acc[r], low[r], four, b % 2 * 2);
+                int8x16_t high[4];
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; ++r) high[r] = high_nibbles(both[r]);
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; ++r) acc[r] = dot(acc[r], high[r], four, b % 2 * 2 + 1);
             }
 #pragma GCC unroll 4
             for (int r = 0; r < 4; ++r) {
@@ -81,11 +88,14 @@ template <int S> PF_DOTPROD void int8_vector(const Matrix &w, int first, int ste
         int8x16_t four = vld1q_s8(x.codes + i);
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
+            for (int b = 0; b < 4; ++b) __builtin_prefetch(codes[s] + b * 64 + kAhead, 0, 2);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; ++b) {
-                __builtin_prefetch(codes[s] + b * 64 + kAhead, 0, 2);
+                int8x16_t rows[4];
 #pragma GCC unroll 4
-                for (int r = 0; r < 4; ++r) acc[s][r] = dot(acc[s][r], vld1q_s8(codes[s] + b * 64 + r * 16), four, b);
+                for (int r = 0; r < 4; ++r) rows[r] = vld1q_s8(codes[s] + b * 64 + r * 16);
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; ++r) acc[s][r] = dot(acc[s][r], rows[r], four, b);
             }
             codes[s] += 256;
         }

@@ -38,9 +38,13 @@ template <int T> int8x16_t token_pair(const int8_t *eight, int pair) {
 }
 
 template <int T> int32x4_t offset_pair(const int32_t *offsets, int pair) {
-    int32x4_t a = vld1q_dup_s32(offsets + pair * 2);
-    if (2 * pair + 1 >= T) return a;
-    return vcombine_s32(vget_low_s32(a), vld1_dup_s32(offsets + pair * 2 + 1));
+    if (2 * pair + 1 >= T) return vld1q_dup_s32(offsets + pair * 2);
+    if (T == 4) {
+        int32x4_t four = vld1q_s32(offsets);
+        return pair == 0 ? vzip1q_s32(four, four) : vzip2q_s32(four, four);
+    }
+    int32x2_t two = vld1_s32(offsets + pair * 2);
+    return vcombine_s32(vdup_lane_s32(two, 0), vdup_lane_s32(two, 1));
 }
 
 // [s0 s1 s2 s3] as the row scales of accumulators of rows 0, 1 and of rows 2, 3.
@@ -93,16 +97,21 @@ PF_I8MM void int4_tile(const Matrix &w, const uint8_t *panel, int half, const Ro
                 x0[p] = token_pair<T>(tokens + b * 8 * T, p);
                 x1[p] = token_pair<T>(tokens + (b + 1) * 8 * T, p);
             }
+            uint8x16_t both[4];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; ++r) {  // two rows
                 const uint8_t *at = codes + b * 64 + r / 2 * 16;
-                uint8x16_t both = zip(vld1q_u8(at), vld1q_u8(at + 64), r % 2);
-                int8x16_t low = low_nibbles(both), high = high_nibbles(both);
-#pragma GCC unroll 2
-                for (int p = 0; p < P; ++p) acc[p][r] = vmmlaq_s32(acc[p][r], x0[p], low);
-#pragma GCC unroll 2
-                for (int p = 0; p < P; ++p) acc[p][r] = vmmlaq_s32(acc[p][r], x1[p], high);
+                both[r] = zip(vld1q_u8(at), vld1q_u8(at + 64), r % 2);
             }
+            int8x16_t low[4], high[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) low[r] = low_nibbles(both[r]);
+#pragma GCC unroll 8
+            for (int i = 0; i < 4 * P; ++i) acc[i % P][i / P] = vmmlaq_s32(acc[i % P][i / P], x0[i % P], low[i / P]);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) high[r] = high_nibbles(both[r]);
+#pragma GCC unroll 8
+            for (int i = 0; i < 4 * P; ++i) acc[i % P][i / P] = vmmlaq_s32(acc[i % P][i / P], x1[i % P], high[i / P]);
         }
         float32x4_t four[2] = {Lanes::half4(scales), Lanes::half4(scales + 4)};
 #pragma GCC unroll 4
