@@ -143,14 +143,16 @@ PF_DOTPROD void int4_dot(const Matrix &w, const uint8_t *panel, int half, const 
             int8x16_t four[T];
 #pragma GCC unroll 4
             for (int t = 0; t < T; ++t) four[t] = vld1q_s8(row[t] + g * kGroup + b * 8);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {  // two blocks, two registers of four rows each
-                uint8x16_t both = vld1q_u8(codes + (b + i / 2) * 64 + i % 2 * 16);
-                int8x16_t low = low_nibbles(both), high = high_nibbles(both);
-#pragma GCC unroll 4
-                for (int t = 0; t < T; ++t) acc[t][i % 2] = dot(acc[t][i % 2], low, four[t], i / 2 * 2);
-#pragma GCC unroll 4
-                for (int t = 0; t < T; ++t) acc[t][i % 2] = dot(acc[t][i % 2], high, four[t], i / 2 * 2 + 1);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+                const uint8_t *at = codes + (b + i) * 64;
+                uint8x16_t both[2] = {vld1q_u8(at), vld1q_u8(at + 16)};
+                int8x16_t low[2] = {low_nibbles(both[0]), low_nibbles(both[1])};
+#pragma GCC unroll 8
+                for (int j = 0; j < 2 * T; ++j) acc[j / 2][j % 2] = dot(acc[j / 2][j % 2], low[j % 2], four[j / 2], i * 2);
+                int8x16_t high[2] = {high_nibbles(both[0]), high_nibbles(both[1])};
+#pragma GCC unroll 8
+                for (int j = 0; j < 2 * T; ++j) acc[j / 2][j % 2] = dot(acc[j / 2][j % 2], high[j % 2], four[j / 2], i * 2 + 1);
             }
         }
         float32x4_t s0 = Lanes::half4(scales + g * kPanel), s1 = Lanes::half4(scales + g * kPanel + 4);
@@ -180,11 +182,16 @@ PF_DOTPROD void int8_dot(const Matrix &w, const uint8_t *panel, int half, const 
         int8x16_t four[T];
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) four[t] = vld1q_s8(x.codes + size_t(first + t) * size_t(x.k) + i);
-#pragma GCC unroll 8
-        for (int b = 0; b < 8; ++b) {
-            int8x16_t rows4 = vld1q_s8(codes + b / 2 * 64 + b % 2 * 16);
+        int8x16_t eight[4][2];
 #pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) acc[t][b % 2] = dot(acc[t][b % 2], rows4, four[t], b / 2);
+        for (int b = 0; b < 4; ++b) {
+            eight[b][0] = vld1q_s8(codes + b * 64);
+            eight[b][1] = vld1q_s8(codes + b * 64 + 16);
+        }
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b) {
+#pragma GCC unroll 8
+            for (int j = 0; j < 2 * T; ++j) acc[j / 2][j % 2] = dot(acc[j / 2][j % 2], eight[b][j % 2], four[j / 2], b);
         }
     }
 #pragma GCC unroll 4

@@ -140,13 +140,16 @@ PF_I8MM void int8_tile(const Matrix &w, const uint8_t *panel, int half, const Ro
     for (int i = 0; i < w.k; i += 16, codes += 256, tokens += 16 * T) {
 #pragma GCC unroll 2
         for (int b = 0; b < 2; ++b) {  // columns 0-3 and 8-11, then 4-7 and 12-15
+            int8x16_t two[4], eight[P];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; ++r) {
                 const uint8_t *at = codes + b * 64 + r / 2 * 16;
-                int8x16_t two = vreinterpretq_s8_u8(zip(vld1q_u8(at), vld1q_u8(at + 128), r % 2));
-#pragma GCC unroll 2
-                for (int p = 0; p < P; ++p) acc[p][r] = vmmlaq_s32(acc[p][r], token_pair<T>(tokens + b * 8 * T, p), two);
+                two[r] = vreinterpretq_s8_u8(zip(vld1q_u8(at), vld1q_u8(at + 128), r % 2));
             }
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) eight[p] = token_pair<T>(tokens + b * 8 * T, p);
+#pragma GCC unroll 8
+            for (int j = 0; j < 4 * P; ++j) acc[j % P][j / P] = vmmlaq_s32(acc[j % P][j / P], eight[j % P], two[j / P]);
         }
     }
     float32x4_t total[P][4];
