@@ -22,11 +22,13 @@ struct Lanes {
     static Lanes set(float x) { return each([&](int) { return vdupq_n_f32(x); }); }
     static Lanes zero() { return set(0.0f); }
     static void store(float *p, Lanes a) {
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.v[i]);
     }
     static float32x4_t half4(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
     static Lanes load_half(const uint16_t *p) { return each([&](int i) { return half4(p + 4 * i); }); }
     static void store_half(uint16_t *p, Lanes a) {
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
     }
     static Lanes load_int8(const int8_t *p) {
@@ -67,6 +69,7 @@ struct Lanes {
     using Sum = uint64x2_t;
     static Sum no_sum() { return vdupq_n_u64(0); }
     static Sum add_line(Sum sum, const uint8_t *p) {
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) sum = vaddq_u64(sum, vreinterpretq_u64_u8(vld1q_u8(p + 16 * i)));
         return sum;
     }
@@ -77,9 +80,13 @@ struct Lanes {
         int32x4_t acc[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
         for (int i = 0; i < head_dim; i += 16, keys += 256) {
             int8x16_t x = vld1q_s8(q + i);
+#pragma GCC unroll 4
             for (int r = 0; r < 4; ++r) acc[r] = vdotq_laneq_s32(acc[r], vld1q_s8(keys + 16 * r), x, 0);
+#pragma GCC unroll 4
             for (int r = 0; r < 4; ++r) acc[r] = vdotq_laneq_s32(acc[r], vld1q_s8(keys + 16 * r + 64), x, 1);
+#pragma GCC unroll 4
             for (int r = 0; r < 4; ++r) acc[r] = vdotq_laneq_s32(acc[r], vld1q_s8(keys + 16 * r + 128), x, 2);
+#pragma GCC unroll 4
             for (int r = 0; r < 4; ++r) acc[r] = vdotq_laneq_s32(acc[r], vld1q_s8(keys + 16 * r + 192), x, 3);
         }
         return from_int32(acc[0], acc[1], acc[2], acc[3]);
