@@ -97,8 +97,8 @@ void fill_rows(Rows &x, Activations kind) {
 }
 
 // All panels with rows packed at once, then those but the first with rows packed in two parts, as threads do. What is not
-// asked for must stay as it is.
-void check_multiply(Matrix::Encoding encoding, int n, int k, int m, int number) {
+// asked for must stay as it is. With `only`, that variant alone, once and whole.
+void check_multiply(Matrix::Encoding encoding, int n, int k, int m, int number, const Ops *only = nullptr) {
     Matrix w;
     w.encoding = encoding;
     w.rows = n;
@@ -112,12 +112,12 @@ void check_multiply(Matrix::Encoding encoding, int n, int k, int m, int number) 
     fill_matrix(w, data.data(), kContents[number]);
     Rows x = {m, k, codes_of.data(), scales.data(), offsets.data(), packed.data(), packed_offsets.data()};
     fill_rows(x, kContents[number].rows);
-    for (int begin = 0; begin < smaller(w.panels(), 2); ++begin) {
+    for (int begin = 0; begin < smaller(w.panels(), only != nullptr ? 1 : 2); ++begin) {
         for (size_t i = 0; i < outputs; ++i) expected[i] = -7.0f;
         kRefOps.multiply(w, x, begin, w.panels(), expected.data(), stride);
         for (int isa = 1; isa < ops_count(); ++isa) {
             const Ops &ops = *ops_at(isa);
-            if (!ops.supported()) continue;
+            if (!ops.supported() || (only != nullptr && only != &ops)) continue;
             memset(packed.data(), 0x55, codes);
             for (size_t i = 0; i < outputs; ++i) found[i] = -7.0f;
             int cut = begin == 0 ? 0 : m / 2;
@@ -234,14 +234,7 @@ void check_attention(const Ops &ops, KvLayout layout, int tokens, int blocks) {
     }
 }
 
-} // namespace
-
-int main(int argc, char **argv) {
-    bool quick = argc == 2 && strcmp(argv[1], "--quick") == 0;
-    if (argc > 1 && !quick) {
-        fputs("usage: pocketforge-check [--quick]    --quick: fewer shapes, for an emulated CPU\n", stderr);
-        return 2;
-    }
+void check_all(bool quick) {
     for (int number = 0; number < int(sizeof kContents / sizeof kContents[0]); ++number) {
         for (int n : {16, 17, 48, 576}) {
             for (int k : {32, 64, 96, 576}) {
@@ -271,6 +264,35 @@ int main(int argc, char **argv) {
             }
         }
     }
+}
+
+// One product, for tools that count instructions: "ISA int4|int8 N K M".
+bool check_one(char **arguments) {
+    int sizes[3];
+    for (int i = 0; i < 3; ++i) sizes[i] = atoi(arguments[2 + i]);
+    bool four = strcmp(arguments[1], "int4") == 0;
+    if (sizes[0] < 1 || sizes[1] < kGroup || sizes[1] % kGroup != 0 || sizes[2] < 1) return false;
+    if (!four && strcmp(arguments[1], "int8") != 0) return false;
+    for (int isa = 1; isa < ops_count(); ++isa) {
+        const Ops *ops = ops_at(isa);
+        if (strcmp(arguments[0], ops->name) != 0 || !ops->supported()) continue;
+        check_multiply(four ? Matrix::kInt4 : Matrix::kInt8, sizes[0], sizes[1], sizes[2], 0, ops);
+        return true;
+    }
+    return false;
+}
+
+} // namespace
+
+int main(int argc, char **argv) {
+    bool quick = argc == 2 && strcmp(argv[1], "--quick") == 0, one = argc == 7 && strcmp(argv[1], "--one") == 0;
+    if ((argc > 1 && !quick && !one) || (one && !check_one(argv + 2))) {
+        fputs("usage: pocketforge-check [--quick]                            --quick: fewer shapes, for an emulated CPU\n"
+              "       pocketforge-check --one VARIANT int4|int8 N K M       one product of one variant that runs here\n",
+              stderr);
+        return 2;
+    }
+    if (!one) check_all(quick);
     printf("{\"isa\":[");
     for (int isa = 0, printed = 0; isa < ops_count(); ++isa) {
         if (ops_at(isa)->supported()) printf("%s\"%s\"", printed++ == 0 ? "" : ",", ops_at(isa)->name);
