@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 FIND_LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) --constraint constraints.txt
 
-.PHONY: quickstart test lint types setup setup-dev fuzz clean
+.PHONY: quickstart test lint types setup setup-dev runtime-aarch64 fuzz clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/uv:
@@ -47,6 +47,13 @@ fuzz: setup
 	cmake --build build/fuzz --target pocketforge-fuzz
 	$(BIN)/python -m tests.kernels.make_corpus build/fuzz/corpus
 	build/fuzz/pocketforge-fuzz -max_len=20000 -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 build/fuzz/corpus
+
+# The runtime for 64-bit Arm, its programs static; tests run them in an emulator where both are there.
+runtime-aarch64:
+	.ci/system-packages
+	cmake -S kernels/cpu -B build/runtime-aarch64 -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/kernels/cpu/aarch64.cmake
+	cmake --build build/runtime-aarch64 --parallel 2
+	cmake --install build/runtime-aarch64 --prefix build/runtime-aarch64
 
 clean:
 	rm -rf $(VENV) build kernels/lib *.egg-info

@@ -1,5 +1,5 @@
 """Builds the C++ runtime with CMake: setuptools calls `CMakeBuild` (pyproject.toml), and so a wheel, or an editable
-installation's `kernels/lib/`, gets the library and the `pocketforge-run` program."""
+installation's `kernels/lib/`, gets the library and its programs, `pocketforge-run` and `pocketforge-check`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class CMakeBuild(build_ext):
-    """`build_ext` for the one extension `kernels.lib`, which is no Python module but two programs' files."""
+    """`build_ext` for the one extension `kernels.lib`, which is no Python module but a library and two programs."""
 
     def run(self) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)
         build_runtime(ROOT / "build" / f"runtime-{platform.machine()}", ROOT if in_place else Path(self.build_lib).resolve())
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "kernels" / "lib" / name) for name in ("libpocketforge.so", "pocketforge-run")]
+        names = ("libpocketforge.so", "pocketforge-run", "pocketforge-check")
+        return [str(Path(self.build_lib) / "kernels" / "lib" / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # an editable installation has its files in the source tree already
