@@ -22,7 +22,7 @@ class CMakeBuild(build_ext):
         build_runtime(ROOT / "build" / f"runtime-{platform.machine()}", ROOT if in_place else Path(self.build_lib).resolve())
 
     def get_outputs(self) -> list[str]:
-        names = ("libpocketforge.so", "pocketforge-run", "pocketforge-check")
+        names = ("libpocketforge.so", "pocketforge-run", "pocketforge-check", "pocketforge-replay")
         return [str(Path(self.build_lib) / "kernels" / "lib" / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:

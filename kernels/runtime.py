@@ -33,7 +33,7 @@ class _Info(ctypes.Structure):
         (name, c_int32)
         for name in ("vocab_size", "hidden_size", "num_layers", "executed_layers", "num_heads", "num_kv_heads", "head_dim",
                      "ffn_size", "max_positions")
-    ] + [("file_bytes", c_uint64), ("decode_bytes", c_uint64)]  # fmt: skip
+    ] + [("file_bytes", c_uint64), ("decode_bytes", c_uint64), ("layer_weights", c_uint64)]  # fmt: skip
 
 
 class _Options(ctypes.Structure):
@@ -68,6 +68,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pf_op_swiglu": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_void_p]),
     "pf_op_attend": (c_int32, [c_void_p] * 3 + [c_int32] * 6 + [c_void_p]),
     "pf_crc32c": (c_uint32, [c_void_p, c_size_t, c_uint32]),
+    "pf_int8_peak": (c_double, [c_int32]),
     "pf_read_bandwidth": (c_double, [c_size_t, c_int32, c_int32]),
 }
 VERSION = b"1"
@@ -125,6 +126,11 @@ def crc32c(data: NDArray[np.uint8], seed: int = 0) -> int:
 def read_bandwidth(num_bytes: int = 256 << 20, threads: int = 1, repeats: int = 5) -> float:
     """Bytes a second of the fastest of `repeats` passes over a buffer."""
     return float(library().pf_read_bandwidth(num_bytes, threads, repeats))
+
+
+def int8_peak(repeats: int = 3) -> float:
+    """Integer operations a second of one thread's registers alone; 0 where the variant does not say."""
+    return float(library().pf_int8_peak(repeats))
 
 
 class _Failure:

@@ -61,7 +61,7 @@ def pack_model(
     encoding = embedding or ("int4" if spec.embedding else "int8")
     metadata = {
         "format": "pocketforge.packed",
-        "model": _model_metadata(model.config),
+        "model": model_metadata(model.config),
         "quantization": {**dataclasses.asdict(spec), "trained": trained, "embedding_encoding": encoding},
         "lineage": lineage or {},
         "tokenizer": None if tokenizer is None else "tokenizer.json",
@@ -85,7 +85,8 @@ def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
         raise NotPackable(f"model.head_dim={config.head_dim}; the runtime goes up to 512")
 
 
-def _model_metadata(config: ModelConfig) -> dict[str, Any]:
+def model_metadata(config: ModelConfig) -> dict[str, Any]:
+    """`model` of the file's metadata."""
     fields = dataclasses.asdict(config)
     del fields["init_std"]
     return {**fields, "attention": list(config.attention_kinds)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from search.devices.base import DeviceError, Fidelity, Measurement, MeasureRequest
 from search.devices.driver import Finished, LocalDriver, ProgramDevice, cross_program, run_command
 
-TIMES = re.compile(r"_per_second$|_ms$|_seconds$|^read_bandwidth|^decode_share|^operations$")
+TIMES = re.compile(r"_per_second$|_ms$|_seconds$|^read_bandwidth|^int8_peak|^decode_share|^operations$")
 
 
 class QemuDriver(LocalDriver):

@@ -36,7 +36,8 @@ typedef struct {
     int32_t vocab_size, hidden_size, num_layers, executed_layers, num_heads, num_kv_heads, head_dim, ffn_size;
     int32_t max_positions;
     uint64_t file_bytes;
-    uint64_t decode_bytes; /* weight bytes that one decoded token reads */
+    uint64_t decode_bytes;  /* weight bytes that one decoded token reads */
+    uint64_t layer_weights; /* weights of all executed layers' matrices: multiply-adds of a token, without the head */
 } pf_model_info;
 
 typedef struct {
@@ -97,6 +98,8 @@ PF_API pf_status pf_op_attend(const float *q, const float *k, const float *v, in
                               int32_t kv_heads, int32_t head_dim, int32_t window, float *out);
 
 PF_API uint32_t pf_crc32c(const void *data, size_t size, uint32_t seed);
+/* Integer operations a second of one thread's registers alone (2 a multiply-add); 0 where the variant does not say. */
+PF_API double pf_int8_peak(int32_t repeats);
 PF_API double pf_read_bandwidth(size_t bytes, int32_t threads, int32_t repeats); /* best of the repeats, bytes a second */
 
 #ifdef __cplusplus

@@ -198,6 +198,7 @@ int main(int argc, char **argv) {
         crc = pf_crc32c(logits.data(), size_t(info.vocab_size) * sizeof(float), 0);
         peak = pf::larger(peak, peak_bytes());
     }
+    double peak_operations = bytes > 0 ? pf_int8_peak(3) : 0.0;
     double after = bytes > 0 ? pf_read_bandwidth(bytes, options.threads, 3) : 0.0;
     double per_token = median(steps);
     printf("{\"isa\":\"%s\",\"threads\":%d,\"kv\":\"%s\",\"prompt_tokens\":%d,\"decode_tokens\":%d,\"load_seconds\":%.6g,", pf_model_isa(model),
@@ -210,6 +211,9 @@ int main(int argc, char **argv) {
            static_cast<unsigned long long>(pf_session_kv_bytes(session)));
     printf("\"read_bandwidth_before\":%.6g,\"read_bandwidth_after\":%.6g,", before, after);
     double best = pf::larger(before, after);
+    double products = operations[0][3] + operations[0][6] + operations[0][7] + operations[0][9];  // qkv, out, gate and up, down
+    double integer = 2.0 * double(info.layer_weights) * options.prompt * options.repeats;
+    printf("\"int8_peak\":%.6g,\"prefill_int8_operations_per_second\":%.6g,", peak_operations, products > 0 ? integer / products : 0.0);
     printf("\"decode_share_of_bandwidth\":%.4g,", best > 0 ? double(info.decode_bytes) / per_token / best : 0.0);
     printf("\"operations\":{");
     for (int phase = 0; phase < 2; ++phase) {

@@ -140,6 +140,18 @@ uint64_t pf_model::decode_bytes() const {
     return bytes;
 }
 
+uint64_t pf_model::layer_weights() const {
+    uint64_t weights = 0;
+    for (int i = 0; i < config.num_blocks; ++i) {
+        const pf::Block &block = blocks[size_t(i)];
+        const pf::Matrix *matrices[] = {&block.qkv, &block.out, &block.gate_up, &block.down};
+        for (const pf::Matrix *matrix : matrices) {
+            weights += uint64_t(matrix->rows) * uint64_t(matrix->k) * uint64_t(config.block_repeat);
+        }
+    }
+    return weights;
+}
+
 extern "C" {
 
 pf_status pf_model_open(const char *path, int32_t isa, int32_t verify, pf_model **model, char *text, size_t size) {
@@ -172,7 +184,7 @@ void pf_model_close(pf_model *model) {
 void pf_model_get_info(const pf_model *model, pf_model_info *info) {
     const pf::Config &c = model->config;
     *info = {c.vocab_size, c.hidden_size,   c.num_blocks,       c.executed(),        c.num_heads, c.num_kv_heads, c.head_dim,
-             c.ffn_size,   c.max_positions, model->file.size(), model->decode_bytes()};
+             c.ffn_size,   c.max_positions, model->file.size(), model->decode_bytes(), model->layer_weights()};
 }
 
 const char *pf_model_isa(const pf_model *model) { return model->ops->name; }

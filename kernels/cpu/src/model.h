@@ -39,6 +39,7 @@ struct pf_model {
 
     pf_status read(const pf::Error &error);
     uint64_t decode_bytes() const;
+    uint64_t layer_weights() const;
 
   private:
     pf_status read_config(const pf::Error &error);

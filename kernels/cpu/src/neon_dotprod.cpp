@@ -219,7 +219,7 @@ bool supported() { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }  // asimddp
 using F = FloatOps<Lanes>;
 const Ops kNeonDotOps = {"neon_dotprod", supported, multiply, nullptr,     F::quantize_row, F::rms_norm,
                          F::rope,        F::swiglu, F::add,   F::store_kv, F::attend,       F::log_sum_exp,
-                         F::exponentials, F::read};
+                         F::exponentials, nullptr, F::read};
 
 } // namespace pf
 #endif

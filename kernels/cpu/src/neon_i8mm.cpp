@@ -177,7 +177,7 @@ bool supported() { return kNeonDotOps.supported() && (getauxval(AT_HWCAP2) >> 13
 using F = FloatOps<Lanes>;
 const Ops kNeonI8mmOps = {"neon_i8mm", supported, multiply, pack,        F::quantize_row, F::rms_norm,
                           F::rope,     F::swiglu, F::add,   F::store_kv, F::attend,       F::log_sum_exp,
-                          F::exponentials, F::read};
+                          F::exponentials, nullptr, F::read};
 
 } // namespace pf
 #endif

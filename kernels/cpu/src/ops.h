@@ -107,6 +107,9 @@ struct Ops {
     void (*attend)(KvRing ring, const Query *queries, int count, float scale, float *scores);
     void (*log_sum_exp)(const float *x, int n, float *result);
     void (*exponentials)(float *x, int n);  // in place; n is a multiple of 16
+    // `rounds` of as many multiply-adds of bytes as the registers hold at once, returning how many: the limit of a product.
+    // May be null.
+    int64_t (*burn)(int64_t rounds);
     uint64_t (*read)(const uint8_t *data, size_t bytes);  // sums 64-byte lines: how fast memory can be read
 };
 

@@ -143,6 +143,6 @@ bool always() { return true; }
 using F = FloatOps<Lanes>;
 const Ops kRefOps = {"ref",   always,      multiply,  nullptr,  F::quantize_row, F::rms_norm,   F::rope,
                      F::swiglu, F::add, F::store_kv, F::attend, F::log_sum_exp,
-                      F::exponentials, F::read};
+                      F::exponentials, nullptr, F::read};
 
 } // namespace pf

@@ -209,6 +209,21 @@ void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size
 
 void pack(Rows &x, int first, int last) { pack_tiles(x, kTile, first, last); }
 
+int64_t burn(int64_t rounds) {
+    // As in a tile: the products of a group of 32 add up in 16 bits, so widening is left out here.
+    __m256i x = _mm256_set1_epi8(3), a = x, b = x, c = x, d = x, e = x, f = x;
+    for (int64_t i = 0; i < rounds; ++i) {
+        a = _mm256_add_epi16(a, _mm256_maddubs_epi16(x, a));
+        b = _mm256_add_epi16(b, _mm256_maddubs_epi16(x, b));
+        c = _mm256_add_epi16(c, _mm256_maddubs_epi16(x, c));
+        d = _mm256_add_epi16(d, _mm256_maddubs_epi16(x, d));
+        e = _mm256_add_epi16(e, _mm256_maddubs_epi16(x, e));
+        f = _mm256_add_epi16(f, _mm256_maddubs_epi16(x, f));
+        asm volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d), "+x"(e), "+x"(f), "+x"(x));  // every one counts
+    }
+    return rounds * 6 * 32;
+}
+
 bool supported() {
     unsigned a, b, c = 0, d;
     bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1) != 0;  // clang 14 has no name for it
@@ -220,7 +235,7 @@ bool supported() {
 using F = FloatOps<Lanes>;
 const Ops kAvx2Ops = {"avx2",  supported, multiply, pack,        F::quantize_row, F::rms_norm,
                       F::rope, F::swiglu, F::add,   F::store_kv, F::attend,       F::log_sum_exp,
-                      F::exponentials, F::read};
+                      F::exponentials, burn, F::read};
 
 } // namespace pf
 #endif

@@ -223,6 +223,22 @@ void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size
 
 void pack(Rows &x, int first, int last) { pack_tiles(x, kTile, first, last); }
 
+int64_t burn(int64_t rounds) {
+    __m512i x = _mm512_set1_epi32(0x01020304), a = x, b = x, c = x, d = x, e = x, f = x, g = x, h = x;
+    for (int64_t i = 0; i < rounds; ++i) {
+        a = _mm512_dpbusd_epi32(a, x, x);
+        b = _mm512_dpbusd_epi32(b, x, x);
+        c = _mm512_dpbusd_epi32(c, x, x);
+        d = _mm512_dpbusd_epi32(d, x, x);
+        e = _mm512_dpbusd_epi32(e, x, x);
+        f = _mm512_dpbusd_epi32(f, x, x);
+        g = _mm512_dpbusd_epi32(g, x, x);
+        h = _mm512_dpbusd_epi32(h, x, x);
+        asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h));  // every one counts
+    }
+    return rounds * 8 * 64;
+}
+
 bool supported() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -233,7 +249,7 @@ bool supported() {
 using F = FloatOps<Lanes>;
 const Ops kAvx512Ops = {"avx512vnni", supported, multiply,    pack,      F::quantize_row, F::rms_norm,
                         F::rope,      F::swiglu, F::add, F::store_kv, F::attend,       F::log_sum_exp,
-                      F::exponentials, F::read};
+                      F::exponentials, burn, F::read};
 
 } // namespace pf
 #endif
