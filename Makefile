@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 FIND_LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) --constraint constraints.txt
 
-.PHONY: quickstart test lint types setup setup-dev runtime-aarch64 clean
+.PHONY: quickstart test lint types setup setup-dev runtime-aarch64 fuzz clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/uv:
@@ -39,6 +39,14 @@ types: setup-dev
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+# Twenty minutes of mutated packed files under the sanitizers; needs clang (Debian: clang, libclang-rt-14-dev).
+FUZZ_SECONDS ?= 1200
+fuzz: setup
+	cmake -S kernels/cpu -B build/fuzz -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DPOCKETFORGE_FUZZ=ON -DPOCKETFORGE_SANITIZE=ON
+	cmake --build build/fuzz --target pocketforge-fuzz
+	$(BIN)/python -m tests.kernels.make_corpus build/fuzz/corpus
+	build/fuzz/pocketforge-fuzz -max_len=20000 -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 build/fuzz/corpus
 
 # The runtime for 64-bit Arm, its programs static; tests run them in an emulator where both are there.
 runtime-aarch64:

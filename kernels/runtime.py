@@ -63,6 +63,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pf_operation_count": (c_int32, []),
     "pf_operation_name": (c_char_p, [c_int32]),
     "pf_session_clocks": (None, [c_void_p, c_int32, POINTER(c_double)]),
+    "pf_op_linear": (c_int32, [c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_void_p]),
+    "pf_op_rms_norm": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_float, c_void_p]),
+    "pf_op_swiglu": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_void_p]),
+    "pf_op_attend": (c_int32, [c_void_p] * 3 + [c_int32] * 6 + [c_void_p]),
     "pf_crc32c": (c_uint32, [c_void_p, c_size_t, c_uint32]),
     "pf_read_bandwidth": (c_double, [c_size_t, c_int32, c_int32]),
 }

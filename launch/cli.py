@@ -7,6 +7,7 @@ error; only a bug of ours shows a traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import traceback
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from launch.streams import guard
 from stages.errors import InputError, RunError
 
 OURS = {"modeling", "data_pipeline", "stages", "quant", "kernels", "launch", "search"}
@@ -79,8 +81,9 @@ def is_ours(error: BaseException) -> bool:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's main and exit with its status."""
+    guard()
     try:
-        main()
+        _run_and_flush(main)
     except (InputError, RunError) as error:
         _say(error)
         sys.exit(1 if isinstance(error, RunError) else 2)
@@ -96,5 +99,15 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+def _run_and_flush(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except SystemExit as exit:  # argparse's --help
+        if exit.code:
+            raise
+    sys.stdout.flush()  # here, where a full disk can still be told
+
+
 def _say(error: BaseException) -> None:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    with contextlib.suppress(OSError):  # a full disk under standard error: the status still says it
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")

@@ -22,7 +22,8 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.config import HeldOutConfig, SourceConfig, TokenizerConfig
-from launch.tasks import find_clash
+from launch.overrides import apply_overrides
+from launch.recipe_checks import check_recipe
 from modeling.config import ModelConfig
 from stages.config import (
     STAGES,
@@ -106,21 +107,7 @@ class Recipe:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        known = {source.name for source in self.sources()}
-        for held_out in self.train.held_out:
-            if missing := [name for name in held_out.sources if name not in known]:
-                raise ValueError(
-                    f"train.held_out {held_out.name!r} names the source {missing[0]!r}; the stages have {sorted(known)}"
-                )
-        if clash := find_clash(self.evaluation.tasks):
-            raise ValueError(f"evaluation.tasks: {clash}")
-        if self.launch.nodes and self.launch.workers % self.launch.nodes:
-            raise ValueError(f"launch.workers={self.launch.workers} does not spread evenly over "
-                             f"launch.nodes={self.launch.nodes}; use a multiple")
-        for name, stage in self.stages().items():
-            if stage.global_batch % self.launch.workers:
-                raise ValueError(f"{name}.global_batch={stage.global_batch} does not divide over "
-                                 f"launch.workers={self.launch.workers}; use a multiple")
+        check_recipe(self)
 
     def stages(self) -> dict[StageName, StageConfig]:
         """The stages that this recipe has, in order."""
@@ -133,6 +120,13 @@ class Recipe:
         """The training sources a held-out set is cut from, each once."""
         found = {source.name: source for source in reversed(self.sources())}
         return tuple(found[name] for name in held_out.sources)
+
+    def held_out_fraction(self) -> float:
+        """The share that is held out in every stage a held-out set is cut from, so that none of it is trained on."""
+        named = {name for item in self.train.held_out for name in item.sources}
+        stages = self.stages().values()
+        return min((stage.data.held_out_fraction for stage in stages
+                    if any(source.name in named for source in stage.data.sources)), default=0.0)  # fmt: skip
 
     def hash(self) -> str:
         """Twelve hex digits over everything that a result depends on."""
@@ -222,47 +216,6 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     import typing
 
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def apply_overrides(values: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """Set dotted keys. A value is read as TOML where it is TOML (numbers, true, lists), else as text; `none` unsets."""
-    result = json.loads(json.dumps(values))
-    for key, text in overrides.items():
-        if not is_unicode(text):
-            raise InputError(f"--{key}={text!r} is not UTF-8; expected text in UTF-8")
-        *parents, last = key.replace("-", "_").split(".")
-        node: Any = result
-        for depth, part in enumerate(parents):
-            index = int(part) if isinstance(node, list) and part.isdigit() and int(part) < len(node) else part
-            if isinstance(node, dict):
-                node = node.setdefault(part, {})
-            elif isinstance(node, list) and isinstance(index, int):
-                node = node[index]
-            else:
-                raise InputError(f"--{key}: {'.'.join(parents[:depth])} has no part {part!r}")
-        if not isinstance(node, dict):
-            raise InputError(f"--{key}: {'.'.join(parents)} is a value, not a group of keys; drop .{last}")
-        if text.lower() == "none":
-            node.pop(last, None)
-        else:
-            node[last] = _parse(text)
-    return result
-
-
-def is_unicode(text: str) -> bool:
-    """Whether an argument can be written as UTF-8: bytes that were none reach us as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _parse(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # also for a number of thousands of digits, which tomllib does not catch
-        return text
 
 
 def load_recipe(name_or_file: str, overrides: Mapping[str, str]) -> Recipe:

@@ -1,20 +1,25 @@
 """Score a model: perplexity (word_perplexity, bits_per_byte) on text, acc and acc_norm on multiple choice.
 
-M is a run directory, a checkpoint or a Hugging Face folder. A task is a name (arc_easy, wikitext2 ...), read from
---data-dir, or a path to a text file or JSON Lines.
+M is a run directory, a checkpoint, a Hugging Face folder or a packed file. A task is a name (arc_easy, wikitext2 ...),
+read from --data-dir, or a path to a text file or JSON Lines.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
 
 from launch.cli import Parser, run  # noqa: E402
+from launch.models import add_runtime_options, load_scorer  # noqa: E402
 from launch.rundir import check_output  # noqa: E402
 from launch.tasks import Task  # noqa: E402
 from stages.errors import InputError  # noqa: E402
+
+if TYPE_CHECKING:
+    from stages.scoring import Scorer
 
 
 def main() -> None:
@@ -24,6 +29,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="items (or documents) a task")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="default: $POCKETFORGE_DATA, else data/")
     parser.add_argument("--output", type=Path, metavar="F.json", required=True)
+    add_runtime_options(parser)
     options, _ = parser.parse()
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit {options.limit}; expected at least 1, or leave it out to score all")
@@ -34,19 +40,17 @@ def main() -> None:
     from launch.tasks import resolve_tasks
 
     tasks = resolve_tasks(names, folder=options.data_dir)
-    evaluate(options.model, tasks, options.limit, options.output)
+    evaluate(load_scorer(options.model, options), tasks, options.limit, options.output)
 
 
-def evaluate(model: Path, tasks: list[Task], limit: int | None, output: Path) -> None:
+def evaluate(loaded: Scorer, tasks: list[Task], limit: int | None, output: Path) -> None:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
     from launch.rundir import write_json
     from launch.tasks import score_task
-    from stages.loading import load_model
 
-    loaded = load_model(model)
     bar = track(tasks, description="scoring", console=Console(stderr=True), disable=not sys.stderr.isatty())
     results = {task.key: score_task(loaded, task, limit=limit) for task in bar}
     write_json(output, results)

@@ -1,4 +1,6 @@
-"""Convert a checkpoint: `--to hf` writes a folder that `transformers` loads (other forms come with the runtime).
+"""Convert a checkpoint: `--to hf` writes a folder that `transformers` loads, `--to packed` one file for the runtime.
+
+A packed file holds the codes and scales that quantization-aware training saw; other checkpoints are rounded to nearest.
 
 With --recipe NAME --random-weights the untrained model of that shape is exported instead.
 """
@@ -25,9 +27,13 @@ def main() -> None:
     parser.add_argument("--to", choices=["hf", "packed", "gguf", "executorch"], required=True)
     parser.add_argument("--output", type=Path, metavar="P", required=True)
     parser.add_argument("--layout", choices=["llama", "mobilellm", "llama4"], help="default: the plainest that can hold it")
+    parser.add_argument("--embedding", choices=["int4", "int8"], help="of --to packed; default: as training rounded it")
     options, overrides = parser.parse()
-    if options.to != "hf":
-        raise InputError(f"--to {options.to} is not there yet; this version writes --to hf")
+    if options.to not in ("hf", "packed"):
+        raise InputError(f"--to {options.to} is not there yet; this version writes --to hf and --to packed")
+    for option, form in (("layout", "hf"), ("embedding", "packed")):
+        if getattr(options, option) is not None and options.to != form:
+            raise InputError(f"--{option} goes with --to {form}, not with --to {options.to}; drop it")
     if (options.checkpoint is None) == (options.recipe is None):
         raise InputError("give either --checkpoint C, or --recipe NAME --random-weights")
     check_output(options.output)
@@ -36,13 +42,24 @@ def main() -> None:
             raise InputError("--random-weights goes with --recipe, and --checkpoint has weights; drop one of the two")
         if overrides:
             raise InputError(f"--{next(iter(overrides))} changes a recipe, and --checkpoint is exported as it is; drop it")
-        from stages.checkpoint import resolve
-        from stages.export import export_hf
-
-        export_hf(resolve(options.checkpoint), options.output, layout=options.layout)
+        _export_checkpoint(options)
     else:
         _export_random(options, overrides)
     sys.stderr.write(f"wrote {options.output}\n")
+
+
+def _export_checkpoint(options: argparse.Namespace) -> None:
+    from stages.checkpoint import resolve
+
+    checkpoint = resolve(options.checkpoint)
+    if options.to == "packed":
+        from stages.export_packed import export_packed
+
+        export_packed(checkpoint, options.output, options.embedding)
+    else:
+        from stages.export import export_hf
+
+        export_hf(checkpoint, options.output, layout=options.layout)
 
 
 def _export_random(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -50,13 +67,19 @@ def _export_random(options: argparse.Namespace, overrides: dict[str, str]) -> No
         raise InputError("--recipe has no weights; add --random-weights for an untrained model, or give --checkpoint")
     from launch.config import load_recipe
     from modeling.decoder import Decoder
-    from modeling.hf_convert import save_hf
     from modeling.init import init_weights
 
     recipe = load_recipe(options.recipe, overrides)
     model = Decoder(recipe.model)
     init_weights(model, recipe.train.seed)
-    save_hf(options.output, recipe.model, model.state_dict(), layout=options.layout)
+    if options.to == "packed":
+        from stages.export_packed import pack_model
+
+        pack_model(model.requires_grad_(False), options.output, embedding=options.embedding)
+    else:
+        from modeling.hf_convert import save_hf
+
+        save_hf(options.output, recipe.model, model.state_dict(), layout=options.layout)
 
 
 if __name__ == "__main__":

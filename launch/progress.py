@@ -71,4 +71,8 @@ class _Tail:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - 4096))
             lines = file.read().split(b"\n")[:-1]
-        return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
+        try:
+            row = json.loads(lines[-1])
+            return {key: float(row[key]) for key in ("step", "loss", "tokens_per_second")}
+        except (IndexError, ValueError, TypeError, KeyError, RecursionError):
+            return None  # no line yet, or a damaged one: the next is shown

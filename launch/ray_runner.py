@@ -167,8 +167,13 @@ def _cluster(launch: LaunchConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, gone with this process
         cpus = max(1, int(launch.workers * launch.cpus_per_worker + 0.999))
         gpus = launch.workers * launch.gpus_per_worker
-        ray.init(address="local", num_cpus=cpus, num_gpus=int(gpus + 0.999) or None, include_dashboard=False,
-                 object_store_memory=200 * 2**20, **quiet)
+        try:
+            ray.init(address="local", num_cpus=cpus, num_gpus=int(gpus + 0.999) or None, include_dashboard=False,
+                     object_store_memory=200 * 2**20, **quiet)
+        except Exception as error:  # ray raises bare Exception where its head does not come up in time
+            importer.join()
+            raise RunError(f"Ray's local head did not start ({str(error).strip()[:200]}); the machine may be busy: start "
+                           "again with --resume, or in this process with --launch.workers 1") from error
     importer.join()
     try:
         from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (

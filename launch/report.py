@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report_data import Numbers, RunRecord, read_run
+from launch.report_packed import operation_bars, packed_rows
 from launch.report_plots import loss_chart, run_chart
 from launch.report_verdicts import four_comparisons
 from stages.config import STAGES, StageConfig, StageName
@@ -56,6 +57,8 @@ def render(run: RunRecord) -> str:
         stage_rows=_stage_rows(run),
         evaluation=_evaluation_rows(run),
         task_metrics=sorted({key for row in run.tasks.values() for key in row if key != "n"}),
+        packed=packed_rows(run.measurements),
+        operations=operation_bars(run.measurements),
         samples=_samples_by_prompt(run),
         lineage=[(stage.name, stage.lineage) for stage in stages if stage.lineage],
     )

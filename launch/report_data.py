@@ -64,6 +64,8 @@ class RunRecord:
     """The stages that left any trace, in order."""
     tasks: dict[str, Numbers]
     samples: list[dict[str, str]]
+    measurements: dict[str, Any]
+    """Of the packed model on a device; empty where it was not measured."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, one sentence each."""
 
@@ -83,7 +85,9 @@ def read_run(directory: Path) -> RunRecord:
     tasks = _read_json(directory / "export" / "evaluation.json", notes)
     source = _read_json(directory / "export" / "source.json", notes)
     if isinstance(source, dict) and "left_out" in source:
-        notes.append(f"export/hf was left out: {source['left_out']}")
+        left_out = source["left_out"]
+        for form, reason in left_out.items() if isinstance(left_out, dict) else ():
+            notes.append(f"export/{form} was left out: {reason}")
     return RunRecord(
         name=directory.resolve().name,
         recipe=recipe,
@@ -92,8 +96,14 @@ def read_run(directory: Path) -> RunRecord:
         stages=stages,
         tasks=_table(tasks),
         samples=_read_samples(directory / "samples.json", notes),
+        measurements=_read_measurements(directory / "export" / "measurements.json", notes),
         notes=notes,
     )
+
+
+def _read_measurements(path: Path, notes: list[str]) -> dict[str, Any]:
+    found = _read_json(path, notes)
+    return found if isinstance(found, dict) else {}
 
 
 def _read_recipe(path: Path, notes: list[str]) -> tuple[str | None, Recipe | None]:

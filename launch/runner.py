@@ -57,7 +57,7 @@ def build_jobs(
                 parallel=recipe.parallel, checkpoint=recipe.checkpoint, output_dir=str(directory.resolve()),
                 cache_dir=str((directory / "data").resolve()), init_from=init_from, resume=True,
                 run_name=f"{recipe.name}-{directory.name}", recipe_hash=recipe.hash(), wandb_mode=recipe.tracking.wandb,
-                held_out=held_out, held_out_fraction=stages[name].data.held_out_fraction,
+                wandb_project=recipe.tracking.project, held_out=held_out, held_out_fraction=recipe.held_out_fraction(),
             )
         )  # fmt: skip
         init_from = str((directory / name).resolve())

@@ -13,7 +13,7 @@ from data_pipeline.tasks import find_task_file, is_choice_task, read_choice_item
 from stages.errors import InputError
 
 if TYPE_CHECKING:
-    from stages.loading import LoadedModel
+    from stages.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def find_clash(names: Sequence[str]) -> str | None:
     return None
 
 
-def score_task(loaded: LoadedModel, task: Task, *, limit: int | None) -> dict[str, float]:
+def score_task(loaded: Scorer, task: Task, *, limit: int | None) -> dict[str, float]:
     """`{metric: value, "n": count}` of DESIGN's evaluation.json."""
     from stages.evaluate import few_shot_items, multiple_choice, perplexity
 

@@ -27,6 +27,8 @@ class Layout:
     """[B or 1, 1, T, D]."""
     masks: dict[str, Tensor | None]
     """Attention kind to boolean [B or 1, 1, T, S], true where a query sees a key."""
+    packed: bool = False
+    """Rows hold several documents each."""
 
 
 def build_layout(config: ModelConfig, tokens: Tensor, positions: Tensor | None, past: int, dtype: torch.dtype) -> Layout:
@@ -47,7 +49,7 @@ def build_layout(config: ModelConfig, tokens: Tensor, positions: Tensor | None, 
             masks[kind] = None
         else:
             masks[kind] = _mask(index, positions, past, window)
-    return Layout(cos[:, None], sin[:, None], masks)
+    return Layout(cos[:, None], sin[:, None], masks, positions is not None)
 
 
 def _mask(index: Tensor, positions: Tensor | None, past: int, window: int | None) -> Tensor:

@@ -79,11 +79,12 @@ class Embedding(nn.Embedding):
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and signed sin of RoPE's angles, [..., head_dim], for the split-half layout (Su et al., arXiv 2104.09864).
 
-    Angles are fp32 whatever `dtype` is: at 128k positions bf16 would not tell neighbours apart.
+    Angles are fp32 whatever `dtype` is: at 128k positions bf16 would not tell neighbours apart. Their sine and cosine are
+    taken in double precision, so that every machine rounds them alike.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.to(torch.float32).unsqueeze(-1) * (1.0 / theta**exponents)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.double().cos(), angles.double().sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 

@@ -27,6 +27,10 @@ from stages.loading import load_model
 EmbeddingEncoding = Literal["int4", "int8"]
 
 
+class NotPackable(InputError):
+    """A model that the packed layout, or the runtime, cannot hold."""
+
+
 def export_packed(checkpoint: str | Path, output: str | Path, embedding: EmbeddingEncoding | None = None) -> None:
     """Write `output` from a run, checkpoint or Hugging Face folder; weights that no QAT trained are rounded to nearest.
 
@@ -67,18 +71,18 @@ def pack_model(
 
 def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
     if spec.weight_bits != 4 or spec.group_size % GROUP:
-        raise InputError(
+        raise NotPackable(
             f"the model is quantized to {spec.weight_bits} bits in groups of {spec.group_size}; a packed file holds 4 bits "
             f"in groups of a multiple of {GROUP}"
         )
     if spec.activation_bits != 8:
-        raise InputError("the model was trained with activations at 16 bits; the runtime rounds them to 8, train with "
-                         "qat.quant.activation_bits=8")
+        raise NotPackable("the model was trained with activations at 16 bits; the runtime rounds them to 8, train with "
+                          "qat.quant.activation_bits=8")
     for name, value in (("hidden_size", config.hidden_size), ("ffn_size", config.ffn_size), ("head_dim", config.head_dim)):
         if value % GROUP:
-            raise InputError(f"model.{name}={value} is not a multiple of {GROUP}, which the packed layout needs")
+            raise NotPackable(f"model.{name}={value} is not a multiple of {GROUP}, which the packed layout needs")
     if config.head_dim > 512:
-        raise InputError(f"model.head_dim={config.head_dim}; the runtime goes up to 512")
+        raise NotPackable(f"model.head_dim={config.head_dim}; the runtime goes up to 512")
 
 
 def _model_metadata(config: ModelConfig) -> dict[str, Any]:

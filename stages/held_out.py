@@ -87,13 +87,39 @@ class HeldOutScores:
         return perplexity(scorer, [_head(text, item.max_document_bytes) for text in texts])
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        """The scores so far. A damaged file is moved aside, so that what can still be scored is scored again."""
+        if not self.path.exists():
+            return {}
+        try:
+            scores = json.loads(self.path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            scores = None
+        if _is_scores(scores):
+            return scores
+        aside = self.path.with_name("evaluation.json.damaged")
+        self.path.replace(aside)
+        logger.warning("%s is damaged; moved to %s, and scored again as far as the stage still can be", self.path, aside.name)
+        return {}
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(".evaluation.json.part")
         beside.write_text(json.dumps(self.scores, indent=2) + "\n", encoding="utf-8")
         beside.replace(self.path)
+
+
+def _is_scores(value: Any) -> bool:
+    """Whether this is the object that `HeldOutScores` writes."""
+    if not isinstance(value, dict):
+        return False
+    steps = value.get("steps", {})
+    tables = [table for when, table in value.items() if when != "steps"]
+    return isinstance(steps, dict) and all(_is_table(table) for table in (*tables, *steps.values()))
+
+
+def _is_table(value: Any) -> bool:
+    rows = value.values() if isinstance(value, dict) else [None]
+    return all(isinstance(row, dict) and all(isinstance(number, int | float) for number in row.values()) for row in rows)
 
 
 def _head(text: str, max_bytes: int | None) -> str:

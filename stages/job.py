@@ -45,6 +45,7 @@ class StageJob:
     run_name: str
     recipe_hash: str
     wandb_mode: str
+    wandb_project: str = "pocketforge"
     held_out: tuple[tuple[HeldOutConfig, tuple[SourceConfig, ...]], ...] = ()
     held_out_fraction: float = 0.01
 

@@ -19,6 +19,7 @@ from modeling.decoder import Decoder
 from modeling.hf_convert import load_hf
 from quant.apply import freeze, prepare
 from quant.spec import QuantSpec
+from stages import exact
 from stages.checkpoint import load_full, read_document, resolve, verify
 from stages.errors import CheckpointError, InputError
 from stages.lineage import Lineage
@@ -46,7 +47,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", *, latent: 
         path: a run or stage directory (its last checkpoint is taken), a checkpoint, or a Hugging Face folder with
             config.json, weights and tokenizer.json.
         latent: keep the full-precision weights behind the rounded ones of a QAT checkpoint, which
-            `quant.apply.convert` needs; else they are put on their grid once, which makes every forward pass cheaper.
+            `quant.apply.convert` needs; else they are put on their grid once, which makes every forward pass cheaper, and
+            on a CPU the model computes as the runtime does (`stages.exact`), so that it says what its packed file says.
 
     Raises:
         InputError: nothing there, or of no known form. CheckpointError, ConversionError, DataError: damaged.
@@ -60,6 +62,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", *, latent: 
         return _load_hf(path, device)
     loaded = _load_checkpoint(resolve(path), device)
     if loaded.quant is not None and not latent:
+        if torch.device(device).type == "cpu" and exact.suits(loaded.model.config, loaded.quant):
+            exact.use_runtime_arithmetic(loaded.model)
         freeze(loaded.model)
     return loaded
 

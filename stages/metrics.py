@@ -47,12 +47,40 @@ class MetricsFile:
             file.write(json.dumps(finite) + "\n")
 
 
+def lost_steps(path: Path, last: int, log_every: int) -> list[int]:
+    """Steps up to `last` that were due to be logged and are covered by no line.
+
+    A line says how many steps it covers (`window_steps`), so another `log_every` in an earlier start is not a hole. A
+    line without that number, of an older version, is taken to reach back to the line before it.
+    """
+    covered: set[int] = set()
+    before = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        if (step := _step_of(line)) <= last:
+            width = json.loads(line).get("window_steps")
+            first = step - width + 1 if isinstance(width, int) else before + 1
+            covered.update(range(max(1, int(first)), int(step) + 1))
+            before = int(step)
+    due = dict.fromkeys((1, *range(log_every, last + 1, log_every)))
+    return [step for step in due if step <= last and step not in covered]
+
+
+def warn_of_lost_steps(path: Path, last: int, log_every: int) -> None:
+    """One line that says which logged steps are no longer there."""
+    lost = lost_steps(path, last, log_every)
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        logger.warning("%s is damaged or cut: no line covers step %s%s; the run goes on, its curves have a hole", path,
+                       ", ".join(map(str, lost[:5])), more)  # fmt: skip
+
+
 def _step_of(line: bytes) -> float:
-    """The line's step; infinite for a line that a kill cut short."""
+    """The line's step; infinite for a line that a kill cut short, or that is none of ours."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if isinstance(step, int) and step >= 1 else math.inf
 
 
 class WandbLog:
@@ -61,11 +89,13 @@ class WandbLog:
     Importing and starting wandb takes over a second, and it may fail in many ways; neither may hold up or end a run.
     """
 
-    def __init__(self, folder: Path, *, mode: str, group: str, name: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, *, mode: str, group: str, name: str, config: dict[str, Any], project: str = "pocketforge"
+    ) -> None:  # fmt: skip
         """`mode` is wandb's: offline, online or disabled. Files go to `folder`/wandb."""
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._settings: dict[str, Any] = {
-            "mode": mode, "group": group, "name": name, "config": config, "dir": str(folder), "project": "pocketforge",
+            "mode": mode, "group": group, "name": name, "config": config, "dir": str(folder), "project": project,
             "id": _run_id(folder), "resume": "allow",
         }  # fmt: skip
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)

@@ -26,7 +26,7 @@ from stages.errors import CheckpointError, InputError
 from stages.held_out import HeldOutScores
 from stages.job import KINDS, StageJob, StageResult, Start, check_job, find_start, find_tokenizer
 from stages.lineage import Lineage
-from stages.metrics import MetricsFile, WandbLog, peak_flops
+from stages.metrics import MetricsFile, WandbLog, peak_flops, warn_of_lost_steps
 from stages.objectives import TeacherModel, TrainableModel
 from stages.optim import build_optimizer, named_parameters
 from stages.parallel.fsdp import compute_context, gradient_clipper, parallelize
@@ -65,6 +65,8 @@ def run_stage(job: StageJob, process: Process) -> StageResult:
     scores = HeldOutScores(job, process)
     if start.resumed is not None and start.step >= job.config.steps and scores.complete:
         logger.info("%s is complete (%s)", job.stage, start.resumed)
+        if process.is_first:
+            warn_of_lost_steps(job.folder / "metrics.jsonl", start.step, job.train.log_every)
         return StageResult(stage=job.stage, step=start.step, checkpoint=start.resumed, skipped=True)
 
     tokenizer = find_tokenizer(job, start)
@@ -189,8 +191,9 @@ def _metrics(job: StageJob, start: Start, process: Process) -> Iterator[Callable
         yield lambda row: None
         return
     file = MetricsFile(job.folder / "metrics.jsonl", start.step)
+    warn_of_lost_steps(file.path, start.step, job.train.log_every)
     wandb = WandbLog(
-        job.folder, mode=job.wandb_mode, group=job.run_name, name=f"{job.run_name}-{job.stage}",
+        job.folder, mode=job.wandb_mode, project=job.wandb_project, group=job.run_name, name=f"{job.run_name}-{job.stage}",
         config={"recipe_hash": job.recipe_hash, "stage": job.stage, "workers": process.world,
                 "model": model_document(start.model, job.config.quant)},
     )  # fmt: skip

@@ -153,7 +153,7 @@ class Trainer:
         row: dict[str, Any] = {
             "stage": self.stage, "step": self.step, "tokens": self.step * tokens, "loss": loss, "lr": rate,
             "grad_norm": norm, "tokens_per_second": per_second, "step_seconds": window.seconds / window.steps,
-            "data_seconds": window.data_seconds / window.steps,
+            "data_seconds": window.data_seconds / window.steps, "window_steps": window.steps,
         }  # fmt: skip
         if self.peak_flops:
             row["mfu"] = per_second * self.flops_per_token / self.peak_flops

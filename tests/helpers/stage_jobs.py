@@ -10,7 +10,8 @@ from typing import Any
 
 from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
 from modeling.config import ModelConfig
-from stages.config import CheckpointConfig, OptimConfig, ParallelConfig, StageConfig, TrainConfig
+from quant.spec import QuantSpec
+from stages.config import CheckpointConfig, DistillConfig, OptimConfig, ParallelConfig, StageConfig, TrainConfig
 from stages.distributed import Process
 from stages.run import StageJob, StageResult, run_stages
 
@@ -98,3 +99,12 @@ def read_metrics(job: StageJob) -> list[dict[str, Any]]:
 
 def losses(job: StageJob) -> list[float]:
     return [row["loss"] for row in read_metrics(job)]
+
+
+def qat_checkpoint(folder: Path) -> Path:
+    """A few steps of pre-training and of QAT of a model whose sizes the runtime takes; returns the QAT checkpoint."""
+    model = replace(MODEL, hidden_size=64, head_dim=32, ffn_size=96)
+    first = pretrain_job(folder, model=model, steps=10, lr=1e-2)
+    aware = change(first, stage="qat", init_from=f"{first.output_dir}/pretrain", data=chat_data(folder), quant=QuantSpec(),
+                   seq_len=64, lr=1e-3, steps=4, distill=DistillConfig(teacher="init"))  # fmt: skip
+    return run_stages([first, aware], Process())[1].checkpoint

@@ -16,7 +16,7 @@ from launch.runner import choose_runner
 from stages.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["recipe", "pretrain", "midtrain", "sft", "qat", "evaluate", "export", "generate", "list"]
+COMMANDS = ["recipe", "pretrain", "midtrain", "sft", "qat", "evaluate", "export", "generate", "list", "measure"]
 
 
 def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -158,3 +158,26 @@ def test_what_is_not_the_inputs_fault_or_came_after_training_keeps_the_run(tmp_p
         (tmp_path / "b" / "pretrain" / "metrics.jsonl").write_text('{"step": 1}\n')
         raise InputError("late")
     assert (tmp_path / "b" / "recipe.toml").is_file() and (tmp_path / "b" / "pretrain" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_standard_output_is_one_line_and_status_1(name: str, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(ROOT / "launch" / f"{name}.py"), "--help"], cwd=tmp_path, stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1 and "standard output cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["list.py", "list.py --json", "list.py --help", "generate.py --help"])
+@pytest.mark.parametrize("where", [">/dev/full", ">&-", ">&- 2>&-"])
+def test_a_closed_or_full_standard_output_is_no_traceback(arguments: str, where: str, tmp_path: Path) -> None:
+    done = subprocess.run(["sh", "-c", f"{sys.executable} {ROOT}/launch/{arguments} {where}"], cwd=tmp_path,
+                          stderr=subprocess.PIPE, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == (0 if "2>&-" in where else 1), done.stderr
+
+
+def test_bad_input_has_its_status_where_standard_error_is_closed(tmp_path: Path) -> None:
+    done = subprocess.run(["sh", "-c", f"{sys.executable} {ROOT}/launch/pretrain.py --recipe nothing 2>&-"], cwd=tmp_path)
+    assert done.returncode == 2

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import apply_overrides, from_dict, known_keys, load_recipe, save_toml, to_dict
+from launch.config import from_dict, known_keys, load_recipe, save_toml, to_dict
+from launch.overrides import apply_overrides
 from launch.recipes import RECIPES
 from stages.errors import InputError
 
@@ -95,3 +96,25 @@ def test_overrides_leave_the_original_alone() -> None:
 
 def test_known_keys_name_every_level() -> None:
     assert {"name", "train.steps", "model.num_heads", "pretrain.optim.lr", "qat.quant.group_size"} <= set(known_keys())
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({"pretrain.data.held_out_fraction": "0.2"}, "library"),
+        ({"pretrain.data.held_out_fraction": "0.2", "pretrain.data.sources.0.name": "other", "train.held_out": "[]"}, "other"),
+        ({"qat.data.held_out_fraction": "0.2"}, "questions"),
+    ],
+)
+def test_stages_over_one_source_hold_out_alike(
+    changes: dict[str, str], shared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POCKETFORGE_DATA", raising=False)
+    with pytest.raises(InputError, match=f"held_out_fraction=0.2.*{shared!r}"):
+        load_recipe("smoke", changes)
+
+
+def test_a_stage_with_sources_of_its_own_may_hold_out_another_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POCKETFORGE_DATA", raising=False)
+    recipe = load_recipe("smoke", {"sft.data.held_out_fraction": "0.2", "qat.data.held_out_fraction": "0.2"})
+    assert recipe.held_out_fraction() == 0.1, "what is scored is held out everywhere"

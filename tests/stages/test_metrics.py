@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
-from stages.metrics import MetricsFile, WandbLog
+from stages.metrics import MetricsFile, WandbLog, lost_steps
 from tests.helpers.stage_jobs import change, losses, pretrain_job, run_job
 
 
@@ -24,6 +25,39 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
     assert json.loads(path.read_text().splitlines()[-1])["loss"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("lines", "log_every", "lost"),
+    [
+        ([(1, 1), (2, 1), (3, 1), (4, 1)], 1, []),
+        ([(1, 1), (4, 1)], 1, [2, 3]),
+        ([], 1, [1, 2, 3, 4]),
+        ([(1, 1), (2, 1), "{torn", (4, 1)], 1, [3]),
+        ([(1, 1), (2, 1), "[" * 5000, {"step": "4"}], 1, [3, 4]),
+        ([(1, 1), (4, 3)], 1, []),  # logged less often in an earlier start
+        ([(1, 1), (2, 1)], 3, [3]),
+        ([(1, None), (4, None)], 1, []),  # of a version that did not say what a line covers
+    ],
+)
+def test_steps_without_a_line_are_found(tmp_path, lines, log_every, lost):
+    path = tmp_path / "metrics.jsonl"
+    rows = [row if isinstance(row, str) else json.dumps(row) if isinstance(row, dict)
+            else json.dumps({"step": row[0], **({"window_steps": row[1]} if row[1] else {})}) for row in lines]
+    path.write_text("".join(row + "\n" for row in rows))
+    assert lost_steps(path, 4, log_every) == lost
+
+
+def test_a_resumed_stage_says_which_lines_it_lost(tmp_path, caplog):
+    job = pretrain_job(tmp_path, steps=4)
+    run_job(job)
+    path = job.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:1] + lines[2:]))
+    run_job(job)
+    run_job(change(job, steps=5))
+    said = [record.getMessage() for record in caplog.records if record.name == "stages.metrics"]
+    assert len(said) == 2 and all("metrics.jsonl" in line and "no line covers step 2;" in line for line in said)
+
+
 def test_a_number_that_json_has_no_word_for_is_null(tmp_path):
     MetricsFile(tmp_path / "m.jsonl", 0).write({"step": 1, "mfu": float("nan")})
     assert (tmp_path / "m.jsonl").read_text() == '{"step": 1, "mfu": null}\n'
@@ -31,10 +65,11 @@ def test_a_number_that_json_has_no_word_for_is_null(tmp_path):
 
 def test_a_run_without_network_is_logged_offline_with_its_group(tmp_path):
     job = change(pretrain_job(tmp_path, steps=3), wandb_mode="offline")
+    job = replace(job, wandb_project="small-models")
     run_job(job)
     (run,) = (job.folder / "wandb").glob("offline-run-*")
     written = next(run.glob("run-*.wandb")).read_bytes()
-    for text in (b"test-pretrain", b"tokens_per_second", b"recipe_hash"):
+    for text in (b"test-pretrain", b"tokens_per_second", b"recipe_hash", b"small-models"):
         assert text in written
 
 

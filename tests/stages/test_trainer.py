@@ -15,7 +15,7 @@ def test_a_stage_learns_and_says_so_step_by_step(tmp_path):
     assert [row["step"] for row in rows] == [1, 10, 20, 30]
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert set(rows[0]) == {"stage", "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds",
-                            "data_seconds"}  # fmt: skip
+                            "data_seconds", "window_steps"}  # fmt: skip
     assert rows[-1]["tokens"] == 30 * 4 * 32
     assert result.step == 30 and result.checkpoint.name == "step-000030"
 

@@ -86,6 +86,16 @@ PF_API int32_t pf_operation_count(void);
 PF_API const char *pf_operation_name(int32_t index);
 PF_API void pf_session_clocks(pf_session *session, int32_t enable, double *seconds);
 
+/* Single operations with the runtime's arithmetic, for frameworks; all tensors are dense fp32, row after row.
+ * linear: y [count, rows] = W x of a matrix in panels (encoding 0: int4_g32, 1: int8_row), x [count, k] rounded to INT8.
+ * attend: q [tokens, heads, head_dim] after rotation, k and v [past + tokens, kv_heads, head_dim]; causal, each token
+ * seeing `window` tokens, itself included. */
+PF_API pf_status pf_op_linear(int32_t encoding, const void *panels, int32_t rows, int32_t k, const float *x, int32_t count, float *y);
+PF_API pf_status pf_op_rms_norm(const float *x, const float *weight, int32_t count, int32_t n, float eps, float *out);
+PF_API pf_status pf_op_swiglu(const float *gate, const float *up, int32_t count, int32_t n, float *out);
+PF_API pf_status pf_op_attend(const float *q, const float *k, const float *v, int32_t tokens, int32_t past, int32_t heads,
+                              int32_t kv_heads, int32_t head_dim, int32_t window, float *out);
+
 PF_API uint32_t pf_crc32c(const void *data, size_t size, uint32_t seed);
 PF_API double pf_read_bandwidth(size_t bytes, int32_t threads, int32_t repeats); /* best of the repeats, bytes a second */
 

@@ -21,7 +21,7 @@ struct Lanes {
     static Lanes load_half(const uint16_t *p) { return each([&](int i) { return half_to_float(p[i]); }); }
     static Lanes load_int8(const int8_t *p) { return each([&](int i) { return float(p[i]); }); }
     static void store_int8(int8_t *p, Lanes a) {
-        for (int i = 0; i < 16; ++i) p[i] = int8_t(a.v[i]);
+        for (int i = 0; i < 16; ++i) p[i] = a.v[i] == a.v[i] ? int8_t(a.v[i]) : int8_t(0);  // no number has no code
     }
     static void store_half(uint16_t *p, Lanes a) {
         for (int i = 0; i < 16; ++i) p[i] = float_to_half(a.v[i]);

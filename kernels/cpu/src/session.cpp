@@ -21,6 +21,11 @@ double now() {
 
 // Sine and cosine in double precision without libm: reduced by multiples of pi / 2, then their series.
 void sine_cosine(double x, double *sine, double *cosine) {
+    if (!(x > -1e9 && x < 1e9)) {  // frequencies that no model has: whatever the answer, no conversion may overflow
+        *sine = 0.0;
+        *cosine = 1.0;
+        return;
+    }
     double turns = x * 0.63661977236758134308;
     int64_t k = int64_t(turns + (turns < 0 ? -0.5 : 0.5));
     double r = __builtin_fma(double(k), -1.57079632679489655800, x);

@@ -2,6 +2,7 @@
 #include "float_ops.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 namespace pf {
@@ -209,7 +210,9 @@ void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size
 void pack(Rows &x, int first, int last) { pack_tiles(x, kTile, first, last); }
 
 bool supported() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    unsigned a, b, c = 0, d;
+    bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1) != 0;  // clang 14 has no name for it
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
 }
 
 } // namespace

@@ -1,0 +1,61 @@
+"""Single operations of the C++ runtime on torch tensors: its arithmetic, bit for bit, without gradients.
+
+All tensors are fp32 on the CPU. What each computes, and in which order it adds, is in `kernels/cpu/src/float_ops.h`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.runtime import library
+
+
+def linear_int4(x: Tensor, panels: Tensor, rows: int) -> Tensor:
+    """[..., rows] = x [..., K], rounded to INT8 a row, times a matrix in panels (`packed_layout.pack_int4`, uint8)."""
+    x = _dense(x)
+    k = x.shape[-1]
+    out = torch.empty(*x.shape[:-1], rows)
+    _check(library().pf_op_linear(0, panels.data_ptr(), rows, k, x.data_ptr(), x.numel() // k, out.data_ptr()))
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension."""
+    x, n = _dense(x), x.shape[-1]
+    scale = None if weight is None else _dense(weight)  # held until the call is over
+    out = torch.empty_like(x)
+    address = None if scale is None else scale.data_ptr()
+    _check(library().pf_op_rms_norm(x.data_ptr(), address, x.numel() // n, n, eps, out.data_ptr()))
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    gate, up, n = _dense(gate), _dense(up), gate.shape[-1]
+    out = torch.empty_like(gate)
+    _check(library().pf_op_swiglu(gate.data_ptr(), up.data_ptr(), gate.numel() // n, n, out.data_ptr()))
+    return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, past: int, window: int | None) -> Tensor:
+    """Causal attention [T, H, D] of rotated q [T, H, D] over k and v [past + T, K, D]; `window` tokens at most."""
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    tokens, heads, head_dim = q.shape
+    out = torch.empty_like(q)
+    seen = window or past + tokens
+    _check(library().pf_op_attend(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), tokens, past, heads, k.shape[1], head_dim, seen, out.data_ptr()
+    ))  # fmt: skip
+    return out
+
+
+def _dense(x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or not x.is_cpu:
+        raise ValueError(f"the runtime's operations take fp32 on the CPU; got {x.dtype} on {x.device}")
+    return x.detach().contiguous()
+
+
+def _check(status: int) -> None:
+    if status:
+        raise ValueError(f"the runtime refused a shape (status {status}); sizes must be multiples of 32")

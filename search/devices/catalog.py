@@ -1,0 +1,25 @@
+"""From a device's name on the command line to the device."""
+
+from __future__ import annotations
+
+from search.devices.base import Device
+
+FORMS = "local, qemu-aarch64[:CPU], ssh://USER@HOST[:PORT], adb://SERIAL"
+
+
+def open_device(spec: str) -> Device:
+    """Raises ValueError for a name of no known form. Nothing is contacted yet."""
+    from search.devices.driver import LocalDriver, ProgramDevice
+    from search.devices.emulated import EmulatedDevice, QemuDriver
+    from search.devices.remote import AdbDriver, SshDriver
+
+    kind, _, rest = spec.partition("://")
+    if kind == "ssh" and rest:
+        return ProgramDevice(SshDriver(rest))
+    if kind == "adb" and rest:
+        return ProgramDevice(AdbDriver(rest))
+    if spec == "local":
+        return ProgramDevice(LocalDriver())
+    if spec == "qemu-aarch64" or spec.startswith("qemu-aarch64:"):
+        return EmulatedDevice(QemuDriver(spec.partition(":")[2] or "max"))
+    raise ValueError(f"device {spec!r}; expected one of {FORMS}")
