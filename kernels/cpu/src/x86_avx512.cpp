@@ -50,7 +50,12 @@ struct Lanes {
     using Sum = __m512i;
     static Sum no_sum() { return _mm512_setzero_si512(); }
     static Sum add_line(Sum sum, const uint8_t *p) { return _mm512_add_epi64(sum, _mm512_loadu_si512(p)); }
-    static uint64_t all(Sum sum) { return uint64_t(_mm512_reduce_add_epi64(sum)); }
+    static uint64_t all(Sum sum) {  // not by _mm512_reduce_add_epi64, which adds signed numbers: they may overflow
+        uint64_t words[8], total = 0;
+        memcpy(words, &sum, 64);
+        for (uint64_t word : words) total += word;
+        return total;
+    }
     static int32_t sum_codes(const int8_t *codes) {
         __m256i biased = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes)), _mm256_set1_epi8(-128));
         __m256i sums = _mm256_sad_epu8(biased, _mm256_setzero_si256());
