@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from search.devices.base import Device
 
-FORMS = "local, qemu-aarch64[:CPU], ssh://USER@HOST[:PORT], adb://SERIAL"
+FORMS = "local, model:PROFILE, qemu-aarch64[:CPU], ssh://USER@HOST[:PORT], adb://SERIAL"
 
 
 def open_device(spec: str) -> Device:
@@ -18,6 +18,10 @@ def open_device(spec: str) -> Device:
         return ProgramDevice(SshDriver(rest))
     if kind == "adb" and rest:
         return ProgramDevice(AdbDriver(rest))
+    if spec.startswith("model:"):
+        from search.devices.modelled import ModelledDevice, load_profile
+
+        return ModelledDevice(load_profile(spec.removeprefix("model:")))
     if spec == "local":
         return ProgramDevice(LocalDriver())
     if spec == "qemu-aarch64" or spec.startswith("qemu-aarch64:"):

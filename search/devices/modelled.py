@@ -1,0 +1,166 @@
+"""A device that is not there: cycles of the compiled kernels, clocks and bandwidth give a time for every operation.
+
+t(operation) = max(multiply-adds * cycles / (clock * efficiency * threads), bytes / bandwidth) + launch. Rows are split
+evenly over threads, as the runtime does, so the slowest core used sets the pace. A model of a device, never the device:
+its numbers are marked `analytic`, and a profile says what it was calibrated on and what was kept aside to check it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels.packed_file import read_metadata
+from search.devices.base import Fidelity, Measurement, MeasureRequest
+
+PROFILES = Path(__file__).with_name("profiles")
+INT4_BYTES, INT8_BYTES = 0.5625, 1.0
+KV_BYTES = {"f32": 4.0, "f16": 2.0, "int8": 1.0625}
+ELEMENTWISE_CYCLES = 1.0
+"""Of one value through norm, rounding, rotation or SwiGLU."""
+
+
+@dataclass(frozen=True)
+class Core:
+    """One kind of core; cycles are per 512 multiply-adds of INT4 weights."""
+
+    kind: str
+    ghz: float
+    count: int
+    gemv_cycles: float
+    gemm_cycles: float
+    fp32_flops_per_cycle: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the model knows of a device, from `profiles/NAME.json`."""
+
+    name: str
+    isa: str
+    cores: tuple[Core, ...]
+    one_thread_gb_s: float
+    all_threads_gb_s: float
+    efficiency: float
+    """Of the speed that the static analysis promises, the share that calibration found; above 1 where it was too careful."""
+    launch_us: float
+
+    def slowest(self, threads: int) -> Core:
+        """The slowest of the cores that so many threads use, fastest first. Raises ValueError for more than there are."""
+        left = threads
+        for core in self.cores:
+            left -= core.count
+            if left <= 0:
+                return core
+        raise ValueError(f"threads={threads}; the profile {self.name} has {sum(core.count for core in self.cores)} cores")
+
+    def bandwidth(self, threads: int) -> float:
+        """Bytes a second."""
+        return 1e9 * min(self.one_thread_gb_s * threads, self.all_threads_gb_s)
+
+
+def load_profile(name: str) -> Profile:
+    """A committed profile by name, or a JSON file. Raises ValueError."""
+    path = Path(name) if name.endswith(".json") else PROFILES / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(item.stem for item in PROFILES.glob("*.json")))
+        raise ValueError(f"model:{name}: no such profile; expected one of {known}, or a JSON file")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        bandwidth = found["bandwidth_gb_s"]
+        profile = Profile(
+            found["name"], found["isa"], tuple(Core(**core) for core in found["cores"]), bandwidth["one_thread"],
+            bandwidth["all_threads"], found["efficiency"], found["launch_us"],
+        )  # fmt: skip
+        if not profile.cores or min(profile.one_thread_gb_s, profile.all_threads_gb_s, profile.efficiency) <= 0:
+            raise ValueError("cores, bandwidth and efficiency must be there and above 0")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a device profile ({error}); see {PROFILES / 'oneplus_12.json'}") from None
+    return profile
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that the time depends on."""
+
+    hidden: int
+    query: int
+    kv: int
+    ffn: int
+    vocab: int
+    windows: tuple[int | None, ...]
+    """Of every executed layer: how many tokens it sees at most, 0 for none, None for all."""
+    head_bytes: float
+    """A weight of the output layer."""
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any], *, int8_head: bool) -> Shape:
+        """From the metadata of a packed file."""
+        seen = {"full": None, "window": model["window"], "skip": 0}
+        windows = tuple(seen[kind] for kind in model["attention"] for _ in range(model["block_repeat"]))
+        return cls(model["hidden_size"], model["num_heads"] * model["head_dim"], model["num_kv_heads"] * model["head_dim"],
+                   model["ffn_size"], model["vocab_size"], windows, INT8_BYTES if int8_head else INT4_BYTES)  # fmt: skip
+
+
+def operation_times(shape: Shape, profile: Profile, *, tokens: int, past: int, threads: int, kv: str) -> dict[str, float]:
+    """Seconds by operation of `tokens` tokens after `past`; the output layer reads one of them."""
+    core = profile.slowest(threads)
+    speed = core.ghz * 1e9 * profile.efficiency * threads
+    bandwidth, launch = profile.bandwidth(threads), profile.launch_us * 1e-6
+
+    def product(rows: int, k: int, count: int, weight_bytes: float = INT4_BYTES) -> float:
+        cycles = core.gemv_cycles if count == 1 else core.gemm_cycles
+        return max(rows * k * count / 512 * cycles / speed, rows * k * weight_bytes / bandwidth) + launch
+
+    times = dict.fromkeys(("qkv", "attention", "attention out", "gate and up", "down", "elementwise", "head"), 0.0)
+    for window in shape.windows:
+        if window != 0:
+            seen = sum(min(past + t + 1, window or past + tokens) for t in range(tokens))
+            flops = 4 * shape.query * seen
+            read = 2 * shape.kv * min(past + tokens, window or past + tokens) * KV_BYTES[kv]
+            times["qkv"] += product(shape.query + 2 * shape.kv, shape.hidden, tokens)
+            times["attention"] += max(flops / core.fp32_flops_per_cycle / speed, read / bandwidth) + launch
+            times["attention out"] += product(shape.hidden, shape.query, tokens)
+        times["gate and up"] += product(2 * shape.ffn, shape.hidden, tokens)
+        times["down"] += product(shape.hidden, shape.ffn, tokens)
+        values = tokens * (4 * shape.hidden + (2 * (shape.query + shape.kv) if window != 0 else 0) + 3 * shape.ffn)
+        times["elementwise"] += values * ELEMENTWISE_CYCLES / speed
+    times["head"] = product(shape.vocab, shape.hidden, 1, shape.head_bytes)
+    return times
+
+
+@dataclass(frozen=True)
+class ModelledDevice:
+    """A profile as a device."""
+
+    profile: Profile
+    fidelity: Fidelity = "analytic"
+
+    @property
+    def name(self) -> str:
+        return f"model:{self.profile.name}"
+
+    def measure(self, request: MeasureRequest) -> Measurement:
+        metadata = read_metadata(request.model)
+        encodings = {tensor["name"]: tensor["encoding"] for tensor in metadata["tensors"]}
+        shape = Shape.of(metadata["model"], int8_head=encodings.get("head", encodings["embed"]) == "int8_row")
+        prompt, middle = request.prompt_tokens, request.prompt_tokens + request.decode_tokens // 2
+        prefill = operation_times(shape, self.profile, tokens=prompt, past=0, threads=request.threads, kv=request.kv)
+        decode = operation_times(shape, self.profile, tokens=1, past=middle, threads=request.threads, kv=request.kv)
+        first, step = sum(prefill.values()), sum(decode.values())
+        size = request.model.stat().st_size
+        kept = [min(prompt + request.decode_tokens, window or prompt + request.decode_tokens)
+                for window in shape.windows if window != 0]  # fmt: skip
+        kv_bytes = int(2 * shape.kv * KV_BYTES[request.kv] * sum(kept))
+        return {
+            "prefill_tokens_per_second": prompt / first, "decode_tokens_per_second": 1 / step,
+            "time_to_first_token_ms": 1e3 * first, "peak_memory_bytes": size + kv_bytes, "weight_bytes": size,
+            "kv_bytes": kv_bytes, "threads": request.threads, "isa": self.profile.isa, "device": self.name,
+            "fidelity": self.fidelity, "prompt_tokens": prompt, "decode_tokens": request.decode_tokens, "samples": {},
+            "operations": {f"{phase}_ms": {name: 1e3 * value for name, value in times.items()}
+                           for phase, times in (("prefill", prefill), ("decode", decode))},
+            "note": "modelled from a device profile, not measured",
+        }  # fmt: skip
