@@ -142,7 +142,6 @@ void int4_half(const Matrix &w, const uint8_t *panel, int half, const int8_t *x,
         for (int t = 0; t < T; ++t) pairs[t] = _mm256_setzero_si256();
 #pragma GCC unroll 4
         for (int b = 0; b < 4; ++b) {
-            if (T == 1) _mm_prefetch(reinterpret_cast<const char *>(codes + b * 64 + 2048), _MM_HINT_T0);
             __m256i both = load32(codes + b * 64);
             __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
 #pragma GCC unroll 4
@@ -162,6 +161,59 @@ void int4_half(const Matrix &w, const uint8_t *panel, int half, const int8_t *x,
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) store_rows(y + size_t(t) * stride, _mm256_mul_ps(total[t], _mm256_set1_ps(scales[t])), rows);
+}
+
+// One token and S panels that lie apart, both halves of each: see x86_avx512.cpp.
+constexpr int kStreams = 2, kAhead = 4096;
+
+template <int S>
+void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) {
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const uint8_t *scales[S], *codes[S];
+    __m256 total[S][2];
+    for (int s = 0; s < S; ++s) {
+        scales[s] = w.panel(first + s * step);
+        codes[s] = scales[s] + w.scale_bytes();
+        total[s][0] = total[s][1] = _mm256_setzero_ps();
+    }
+    for (int g = 0, groups = w.groups(); g < groups; ++g) {
+        __m256i pairs[S][2];
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) pairs[s][0] = pairs[s][1] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b) {
+            __m256i x0 = broadcast(x.codes + g * kGroup + b * 8), x1 = broadcast(x.codes + g * kGroup + b * 8 + 4);
+#pragma GCC unroll 2
+            for (int s = 0; s < S; ++s) {
+                const uint8_t *at = codes[s] + size_t(g) * 256 + b * 64;
+                _mm_prefetch(reinterpret_cast<const char *>(at + kAhead), _MM_HINT_T1);
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; ++half) {
+                    __m256i both = load32(at + half * 32);
+                    __m256i products = _mm256_maddubs_epi16(_mm256_and_si256(both, low), x0);
+                    pairs[s][half] = _mm256_add_epi16(pairs[s][half], products);
+                    products = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(both, 4), low), x1);
+                    pairs[s][half] = _mm256_add_epi16(pairs[s][half], products);
+                }
+            }
+        }
+        __m256i offset = _mm256_set1_epi32(x.offsets[g]);
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) {
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(pairs[s][half], ones), offset);
+                __m256 scale = _mm256_cvtph_ps(Lanes::load16(scales[s] + g * 32 + half * 16));
+                total[s][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, total[s][half]);
+            }
+        }
+    }
+    for (int s = 0; s < S; ++s) {
+        for (int half = 0; half < 2; ++half) {
+            int row = (first + s * step) * kPanel + half * 8;
+            store_rows(y + row, _mm256_mul_ps(total[s][half], _mm256_set1_ps(x.scales[0])), w.rows - row);
+        }
+    }
 }
 
 template <int T>
@@ -196,6 +248,12 @@ using Tile = void (*)(const Matrix &, const uint8_t *, const int8_t *, const int
 constexpr Tile kTiles[kTile] = {tile<1>, tile<2>, tile<3>, tile<4>};
 
 void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride) {
+    if (x.count == 1 && w.encoding == Matrix::kInt4) {
+        int step = (end - begin) / kStreams;
+        for (int p = begin; p < begin + step; ++p) int4_vector<kStreams>(w, p, step, x, y);
+        for (int p = begin + step * kStreams; p < end; ++p) int4_vector<1>(w, p, 0, x, y);
+        return;
+    }
     for (int p = begin; p < end; ++p) {
         for (int t = 0; t < x.count; t += kTile) {
             int count = smaller(kTile, x.count - t);
