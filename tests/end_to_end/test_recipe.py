@@ -29,6 +29,13 @@ def launch(name: str, *arguments: str, timeout: float = 200) -> subprocess.Compl
     return done
 
 
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`launch/pretrain.py` as two processes, without Ray."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(ROOT / "launch" / "pretrain.py"), *arguments]  # fmt: skip
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
 def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -132,12 +139,8 @@ def test_a_nan_loss_ends_the_run_with_one_line_and_status_1(tmp_path: Path) -> N
 
 
 def test_torchrun_trains_on_two_processes_and_writes_one_run(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(ROOT / "launch" / "pretrain.py"), "--recipe", "smoke", "--launch.workers", "2", "--train.held_out", "[]",
-         "--output-dir", str(tmp_path / "run")],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    done = torchrun("--recipe", "smoke", "--launch.workers", "2", "--train.held_out", "[]",
+                    "--output-dir", str(tmp_path / "run"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in rows(tmp_path / "run" / "pretrain")] == [1, 2, 3, 4]
     state = json.loads((tmp_path / "run" / "pretrain" / "checkpoints" / "step-000004" / "state.json").read_text())
@@ -179,12 +182,16 @@ def test_a_chosen_stage_starts_from_the_finished_one_before_it(tmp_path: Path) -
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_worker_killed_in_mid_run_is_restarted_and_the_losses_are_the_same(tmp_path: Path) -> None:
-    """Two Ray workers; rank 1 is killed with SIGKILL; Ray Train restarts the group, which resumes from a checkpoint."""
+    """Two Ray workers; rank 1 is killed with SIGKILL; Ray Train restarts the group, which resumes from a checkpoint.
+
+    The undisturbed run is torchrun's: the same two processes without Ray's start.
+    """
     options = ["--recipe", "smoke", "--launch.workers", "2", "--train.steps", "60", "--checkpoint.every", "10",
                "--train.held_out", "[]", "--tracking.wandb", "disabled"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    plain = launch("pretrain", *options, "--output-dir", str(whole))
+    plain = torchrun(*options, "--output-dir", str(whole))
     assert plain.returncode == 0, plain.stderr
     process = subprocess.Popen([sys.executable, str(ROOT / "launch" / "pretrain.py"), *options, "--output-dir", str(killed)],
                                env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +27,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path_factory.mktemp("r"))}
+def head() -> Iterator[str]:
+    folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: the paths of Ray's sockets have a limit of 107 bytes
+    environment = {**os.environ, "RAY_TMPDIR": str(folder)}
     dashboard = free_port()
     start = subprocess.run(
         [RAY, "start", "--head", "--port", str(free_port()), "--dashboard-host", "127.0.0.1",
@@ -36,6 +39,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert start.returncode == 0, start.stderr
     yield f"http://127.0.0.1:{dashboard}"
     subprocess.run([RAY, "stop", "--force"], env=environment, capture_output=True, timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(head: str, *arguments: str) -> subprocess.CompletedProcess[str]:
