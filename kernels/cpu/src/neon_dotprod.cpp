@@ -217,8 +217,9 @@ bool supported() { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }  // asimddp
 } // namespace
 
 using F = FloatOps<Lanes>;
+using A = AttentionOps<Lanes>;
 const Ops kNeonDotOps = {"neon_dotprod", supported, multiply, nullptr,     F::quantize_row, F::rms_norm,
-                         F::rope,        F::swiglu, F::add,   F::store_kv, F::attend,       F::log_sum_exp,
+                         F::rope,        F::swiglu, F::add,   A::store_kv, A::attend,       F::log_sum_exp,
                          F::exponentials, nullptr, F::read};
 
 } // namespace pf

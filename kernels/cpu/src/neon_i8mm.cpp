@@ -175,8 +175,9 @@ bool supported() { return kNeonDotOps.supported() && (getauxval(AT_HWCAP2) >> 13
 } // namespace
 
 using F = FloatOps<Lanes>;
+using A = AttentionOps<Lanes>;
 const Ops kNeonI8mmOps = {"neon_i8mm", supported, multiply, pack,        F::quantize_row, F::rms_norm,
-                          F::rope,     F::swiglu, F::add,   F::store_kv, F::attend,       F::log_sum_exp,
+                          F::rope,     F::swiglu, F::add,   A::store_kv, A::attend,       F::log_sum_exp,
                           F::exponentials, nullptr, F::read};
 
 } // namespace pf

@@ -3,7 +3,7 @@
 
 #include <arm_neon.h>
 
-#include "float_ops.h"
+#include "attention.h"
 
 // Compiled for one function and not for the file: whatever else the compiler emits here runs on every 64-bit Arm CPU.
 #define PF_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))

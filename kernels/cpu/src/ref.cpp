@@ -1,5 +1,5 @@
 // The specification: plain loops, one number at a time. Other variants must give the same bits.
-#include "float_ops.h"
+#include "attention.h"
 
 namespace pf {
 namespace {
@@ -141,8 +141,9 @@ bool always() { return true; }
 } // namespace
 
 using F = FloatOps<Lanes>;
+using A = AttentionOps<Lanes>;
 const Ops kRefOps = {"ref",   always,      multiply,  nullptr,  F::quantize_row, F::rms_norm,   F::rope,
-                     F::swiglu, F::add, F::store_kv, F::attend, F::log_sum_exp,
+                     F::swiglu, F::add, A::store_kv, A::attend, F::log_sum_exp,
                       F::exponentials, nullptr, F::read};
 
 } // namespace pf

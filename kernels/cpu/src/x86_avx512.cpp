@@ -1,5 +1,5 @@
 // AVX-512 with VNNI: one register is a panel's 16 rows.
-#include "float_ops.h"
+#include "attention.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -252,8 +252,9 @@ bool supported() {
 } // namespace
 
 using F = FloatOps<Lanes>;
+using A = AttentionOps<Lanes>;
 const Ops kAvx512Ops = {"avx512vnni", supported, multiply,    pack,      F::quantize_row, F::rms_norm,
-                        F::rope,      F::swiglu, F::add, F::store_kv, F::attend,       F::log_sum_exp,
+                        F::rope,      F::swiglu, F::add, A::store_kv, A::attend,       F::log_sum_exp,
                       F::exponentials, burn, F::read};
 
 } // namespace pf
