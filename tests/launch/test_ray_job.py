@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def head() -> Iterator[str]:
 
 
 def submit(head: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A head answers before its job agent is up; on a busy machine that takes it a while."""
+    for _ in range(12):
+        done = _submit_once(head, *arguments)
+        if "No available agent" not in done.stdout + done.stderr:
+            break
+        time.sleep(5)
+    return done
+
+
+def _submit_once(head: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--", sys.executable, *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=300,

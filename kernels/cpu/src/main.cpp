@@ -95,7 +95,17 @@ void reset_peak() {
     }
 }
 
+// From the kernel's own book where there is one: getrusage also remembers what the process was before it became this program.
 int64_t peak_bytes() {
+    if (FILE *file = fopen("/proc/self/status", "r")) {
+        char line[128];
+        long long kib = -1;
+        while (kib < 0 && fgets(line, sizeof line, file) != nullptr) {
+            if (sscanf(line, "VmHWM: %lld", &kib) != 1) kib = -1;
+        }
+        fclose(file);
+        if (kib >= 0) return int64_t(kib) * 1024;
+    }
     rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     return int64_t(usage.ru_maxrss) * 1024;
