@@ -8,7 +8,7 @@ the same (read in llama.cpp as of llama-cpp-python 0.3.36; `docs/interchange.md`
 | full attention | `llama` | RoPE rotates neighbours: rows of q and k are permuted inside each head, which is exact |
 | with QK-norm | `qwen3` | norm weights of one; it norms before RoPE, which keeps norms; split-half RoPE, nothing is permuted |
 | with `skip` blocks | `deci` | blocks of 0 heads have no attention; q and k permuted |
-| with `window` blocks | `granite-swa` | scales of one, attention sinks of -1e30, which weigh exactly 0; q and k permuted |
+| with `window` blocks | `granite_swa` | scales of one, attention sinks of -1e30, which weigh exactly 0; q and k permuted |
 
 Repeated blocks are written once for each time they run.
 """
@@ -103,16 +103,15 @@ def architecture(config: ModelConfig) -> str:
     if kinds == {"full"}:
         return "qwen3" if config.qk_norm else "llama"
     if config.qk_norm:
-        raise InputError(f"the model has QK-norm and {min(kinds - {'full'})} blocks; no graph of llama.cpp has both without "
-                         "more norms than ours")
+        raise InputError(f"the model has QK-norm and {min(kinds - {'full'})} blocks; we know no graph of llama.cpp with both")
     if kinds == {"full", "skip"}:
         if config.attention_kinds[0] == "skip":
             raise InputError("the first block has no attention; llama.cpp takes head sizes from the first block")
         return "deci"
     if kinds <= {"full", "window"}:
-        return "granite-swa"
-    raise InputError(f"the model has {' and '.join(sorted(kinds))} blocks; no graph of llama.cpp has windows and blocks "
-                     "without attention")
+        return "granite_swa"
+    raise InputError(f"the model has {' and '.join(sorted(kinds))} blocks; we know no graph of llama.cpp with windows "
+                     "and blocks without attention")
 
 
 def _check_free(output: Path) -> None:
@@ -160,7 +159,7 @@ def _add_architecture(writer: Any, config: ModelConfig, name: str) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    if name == "granite-swa":
+    if name == "granite_swa":
         writer.add_sliding_window(config.window)
         writer.add_sliding_window_pattern([kind == "window" for kind in kinds])
         writer.add_logit_scale(1.0)
@@ -184,7 +183,7 @@ def _tensors(model: Decoder, name: str) -> list[_Tensor]:
                 tensors.append(_matrix(model, source, target, ours in ("attention.q", "attention.k") and name != "qwen3"))
         if name == "qwen3":
             tensors += [_constant(f"blk.{place}.attn_{part}_norm", config.head_dim, 1.0) for part in "qk"]
-        if name == "granite-swa":
+        if name == "granite_swa":
             tensors.append(_constant(f"blk.{place}.attn_sinks", config.num_heads, NO_SINK))
     return [*tensors, _vector(model, "norm", "output_norm")]
 
