@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 FIND_LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) --constraint constraints.txt
 
-.PHONY: quickstart test lint types setup setup-dev clean
+.PHONY: quickstart test interop lint types setup setup-dev clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/uv:
@@ -25,6 +25,11 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(UV_INSTALL) --editable '.[dev]'
 	@touch $@
 
+# llama.cpp is compiled from source: minutes the first time.
+$(VENV)/.ready-interop: $(VENV)/.ready-dev
+	$(UV_INSTALL) --editable '.[interop]'
+	@touch $@
+
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
 
@@ -39,6 +44,9 @@ types: setup-dev
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+interop: $(VENV)/.ready-interop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop
 
 clean:
 	rm -rf $(VENV) build kernels/lib *.egg-info
