@@ -132,7 +132,7 @@ def prompt_module(model: Decoder) -> nn.Module:
     for name, module in plain.named_modules():
         if isinstance(module, Linear):
             # Ours may take oneDNN's product, which torchao's tensors know nothing of.
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
             module.weight = _int4(*integers[f"{name}.weight"], specs[f"{name}.weight"])
     head: nn.Module
     if plain.head is not None:
@@ -152,8 +152,9 @@ def _int4(codes: Tensor, scales: Tensor, spec: QuantSpec) -> nn.Parameter:
     )
 
     tensor = IntxUnpackedToInt8Tensor(
-        qdata=codes, scale=scales.float(), zero_point=torch.zeros_like(scales, dtype=torch.int8), target_dtype=torch.int4,
-        block_size=(1, spec.group_size), dtype=torch.float32,
+        qdata=codes, scale=scales.float(), zero_point=torch.zeros_like(scales, dtype=torch.int8),
+        block_size=(1, spec.group_size),
+        target_dtype=torch.int4, dtype=torch.float32,  # type: ignore[attr-defined]
         activation_quantization=IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN,
     )  # fmt: skip
     return nn.Parameter(tensor, requires_grad=False)
@@ -161,6 +162,9 @@ def _int4(codes: Tensor, scales: Tensor, spec: QuantSpec) -> nn.Parameter:
 
 class _IntegerEmbedding(nn.Module):
     """Rows of codes (a byte each) times their scales: the rounded table's rows, exactly."""
+
+    codes: Tensor
+    scales: Tensor
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__()
@@ -180,6 +184,10 @@ class _Prompt(nn.Module):
     the exported program.
     """
 
+    cos: Tensor
+    sin: Tensor
+    window: Tensor | None
+
     def __init__(self, plain: Decoder, embed: nn.Module, head: nn.Module) -> None:
         super().__init__()
         config = plain.config
@@ -189,7 +197,6 @@ class _Prompt(nn.Module):
         cos, sin = rope_tables(index, config.head_dim, config.rope_theta, torch.float32)
         self.register_buffer("cos", cos[None, None])
         self.register_buffer("sin", sin[None, None])
-        self.window: Tensor | None
         distance = index[:, None] - index
         seen = (distance >= 0) & (distance < config.window)
         self.register_buffer("window", seen if "window" in config.attention_kinds else None)

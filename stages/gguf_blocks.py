@@ -19,7 +19,7 @@ BLOCK = 32
 def pack_q4_0(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:
     """Bytes [rows, k / 32 * 18] of codes [rows, k] in -8..7 and fp16 scales [rows, groups]."""
     blocks = (codes.reshape(len(codes), -1, 2, BLOCK // 2) + 8).astype(np.uint8)
-    return _join(scales, blocks[:, :, 0] | blocks[:, :, 1] << 4)
+    return _join(scales, np.bitwise_or(blocks[:, :, 0], blocks[:, :, 1] << 4, dtype=np.uint8))
 
 
 def pack_q8_0(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:

@@ -169,7 +169,8 @@ def test_llama_cpp_tokenizes_as_we_do(tmp_path: Path, tok: Tokenizer, merges_who
     keys = read(path)[0]
     assert keys["tokenizer.ggml.pre"] == ("llama-bpe" if merges_whole_words else "dbrx")
     theirs = llama(path)
-    texts = [TEXT, "", " ", "a  b\n\n c \t\n", "x" * 50, "I'M we'Ll 1234567", "<|eot_id|> in text", "e\u0301\u200d👩‍🚀", "\r\n\r\n  end  "]
+    texts = [TEXT, "", " ", "a  b\n\n c \t\n", "x" * 50, "I'M we'Ll 1234567", "<|eot_id|> in text",
+             "e\u0301\u200d👩‍🚀", "\r\n\r\n  end  "]
     for text in texts:
         assert theirs.tokenize(text.encode(), add_bos=True, special=False) == [ours.bos_id, *ours.encode(text)], text
     assert theirs.tokenize(b"<|eot_id|>", add_bos=False, special=True) == [ours.eot_id]
