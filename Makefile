@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 FIND_LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) --constraint constraints.txt
 
-.PHONY: quickstart test lint types setup setup-dev runtime-aarch64 fuzz clean
+.PHONY: quickstart test interop lint types setup setup-dev runtime-aarch64 fuzz clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/uv:
@@ -23,6 +23,11 @@ $(VENV)/.ready: $(BIN)/uv pyproject.toml constraints.txt $(RUNTIME)
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(UV_INSTALL) --editable '.[dev]'
+	@touch $@
+
+# llama.cpp is compiled from source: minutes the first time.
+$(VENV)/.ready-interop: $(VENV)/.ready-dev
+	$(UV_INSTALL) --editable '.[interop]'
 	@touch $@
 
 setup: $(VENV)/.ready
@@ -54,6 +59,9 @@ runtime-aarch64:
 	cmake -S kernels/cpu -B build/runtime-aarch64 -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/kernels/cpu/aarch64.cmake
 	cmake --build build/runtime-aarch64 --parallel 2
 	cmake --install build/runtime-aarch64 --prefix build/runtime-aarch64
+
+interop: $(VENV)/.ready-interop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop
 
 clean:
 	rm -rf $(VENV) build kernels/lib *.egg-info

@@ -1,6 +1,7 @@
-"""Convert a checkpoint: `--to hf` writes a folder that `transformers` loads, `--to packed` one file for the runtime.
+"""Convert a checkpoint: `--to hf` writes a folder that `transformers` loads, `--to packed` one file for the runtime,
+`--to gguf` one for llama.cpp, `--to executorch` a program (.pte) for ExecuTorch.
 
-A packed file holds the codes and scales that quantization-aware training saw; other checkpoints are rounded to nearest.
+All but the first hold the codes and scales that quantization-aware training saw; other checkpoints are rounded to nearest.
 
 With --recipe NAME --random-weights the untrained model of that shape is exported instead.
 """
@@ -29,8 +30,6 @@ def main() -> None:
     parser.add_argument("--layout", choices=["llama", "mobilellm", "llama4"], help="default: the plainest that can hold it")
     parser.add_argument("--embedding", choices=["int4", "int8"], help="of --to packed; default: as training rounded it")
     options, overrides = parser.parse()
-    if options.to not in ("hf", "packed"):
-        raise InputError(f"--to {options.to} is not there yet; this version writes --to hf and --to packed")
     for option, form in (("layout", "hf"), ("embedding", "packed")):
         if getattr(options, option) is not None and options.to != form:
             raise InputError(f"--{option} goes with --to {form}, not with --to {options.to}; drop it")
@@ -56,6 +55,14 @@ def _export_checkpoint(options: argparse.Namespace) -> None:
         from stages.export_packed import export_packed
 
         export_packed(checkpoint, options.output, options.embedding)
+    elif options.to == "gguf":
+        from stages.export_gguf import export_gguf
+
+        export_gguf(checkpoint, options.output)
+    elif options.to == "executorch":
+        from stages.export_executorch import export_executorch
+
+        export_executorch(checkpoint, options.output)
     else:
         from stages.export import export_hf
 
@@ -76,6 +83,14 @@ def _export_random(options: argparse.Namespace, overrides: dict[str, str]) -> No
         from stages.export_packed import pack_model
 
         pack_model(model.requires_grad_(False), options.output, embedding=options.embedding)
+    elif options.to == "gguf":
+        from stages.export_gguf import write_gguf_model
+
+        write_gguf_model(model.requires_grad_(False), options.output)
+    elif options.to == "executorch":
+        from stages.export_executorch import write_executorch_model
+
+        write_executorch_model(model.requires_grad_(False), options.output)
     else:
         from modeling.hf_convert import save_hf
 

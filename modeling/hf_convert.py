@@ -64,7 +64,7 @@ def to_hf(
     tensors = {}
     for name, tensor in state_dict.items():
         if name.endswith(("attention.q.weight", "attention.k.weight")) and layout == "llama4":
-            tensor = _interleave(tensor, config.head_dim)
+            tensor = interleave_heads(tensor, config.head_dim)
         tensors[_to_hf_name(name, layout)] = tensor
     return _hf_config(config, layout), tensors
 
@@ -175,14 +175,14 @@ def _from_hf_name(hf_name: str, layout: Layout) -> str:
     raise ConversionError(f"weight {hf_name!r} has no place in our decoder; expected the {layout} layout without biases")
 
 
-def _interleave(weight: Tensor, head_dim: int) -> Tensor:
+def interleave_heads(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of every head from halves (i, i + D/2) to neighbours (2i, 2i + 1)."""
     heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
 def _split_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `_interleave`."""
+    """The inverse of `interleave_heads`."""
     heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
 

@@ -66,7 +66,7 @@ def pack_model(
         "lineage": lineage or {},
         "tokenizer": None if tokenizer is None else "tokenizer.json",
     }
-    write_packed(output, metadata, _tensors(model, encoding, tokenizer), crc32c)
+    write_packed(output, metadata, _tensors(model, encoding, embedding, tokenizer), crc32c)
 
 
 def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
@@ -92,10 +92,11 @@ def model_metadata(config: ModelConfig) -> dict[str, Any]:
     return {**fields, "attention": list(config.attention_kinds)}
 
 
-def _tensors(model: Decoder, encoding: str, tokenizer: Tokenizer | None) -> Iterator[Callable[[], PackedTensor]]:
+def _tensors(model: Decoder, encoding: str, embedding: str | None, tokenizer: Tokenizer | None) -> Iterator[Callable[[], PackedTensor]]:
     yield partial(_embedding, model, "embed", encoding)
     if model.head is not None:
-        yield partial(_embedding, model, "head", encoding)
+        # An untied head is a linear: training rounded it to INT4 even where it left the embedding alone.
+        yield partial(_embedding, model, "head", embedding or "int4")
     for index, kind in enumerate(model.config.attention_kinds):
         name = f"blocks.{index}"
         if kind != "skip":

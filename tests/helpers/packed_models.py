@@ -25,7 +25,7 @@ CONFIGS = {
 }
 
 
-def build(config: ModelConfig, seed: int = 0) -> Decoder:
+def build(config: ModelConfig, seed: int = 0, spec: QuantSpec | None = None) -> Decoder:
     """A decoder with random weights, prepared for quantization; its norms are not all ones."""
     model = Decoder(config)
     init_weights(model, seed)
@@ -34,7 +34,7 @@ def build(config: ModelConfig, seed: int = 0) -> Decoder:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    prepare(model, QuantSpec())
+    prepare(model, spec or QuantSpec())
     return model.requires_grad_(False).eval()
 
 

@@ -162,6 +162,24 @@ def test_int8_embedding_and_head(tmp_path):
     assert np.abs(results["ref"] - expected.numpy()).mean() < 1e-3 * expected.abs().max()
 
 
+def test_a_head_that_training_rounded_keeps_its_codes_where_the_embedding_was_left_alone(tmp_path):
+    from modeling.decoder import Decoder
+    from modeling.init import init_weights
+    from quant.apply import prepare
+    from quant.spec import QuantSpec
+    from stages.export_packed import pack_model
+
+    spec, model = QuantSpec(embedding=False), Decoder(CONFIGS["untied_norms"])
+    init_weights(model, 0)
+    prepare(model, spec)
+    pack_model(model, tmp_path / "model.pocket", quant=spec)
+    with PackedModel(tmp_path / "model.pocket") as file:
+        entries = {entry["name"]: entry for entry in file.metadata()["tensors"]}
+        assert entries["embed"]["encoding"] == "int8_row" and entries["head"]["encoding"] == "int4_g32"
+        codes, _ = unpack_int4(np.frombuffer(file.tensor("head"), np.uint8), *entries["head"]["shape"])
+    assert np.array_equal(codes, convert(model)["head.weight"][0].numpy())
+
+
 def test_what_makes_no_sense_is_refused(model_and_path):
     _, path = model_and_path
     with PackedModel(path) as file:
