@@ -92,7 +92,9 @@ def model_metadata(config: ModelConfig) -> dict[str, Any]:
     return {**fields, "attention": list(config.attention_kinds)}
 
 
-def _tensors(model: Decoder, encoding: str, embedding: str | None, tokenizer: Tokenizer | None) -> Iterator[Callable[[], PackedTensor]]:
+def _tensors(
+    model: Decoder, encoding: str, embedding: str | None, tokenizer: Tokenizer | None
+) -> Iterator[Callable[[], PackedTensor]]:
     yield partial(_embedding, model, "embed", encoding)
     if model.head is not None:
         # An untied head is a linear: training rounded it to INT4 even where it left the embedding alone.
