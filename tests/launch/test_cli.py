@@ -44,7 +44,7 @@ def test_every_command_explains_itself(name: str, tmp_path: Path) -> None:
         ("pretrain", [], "--recipe"),
         ("sft", ["--recipe", "smoke"], "--init-from"),
         ("recipe", ["--recipe", "smoke", "--stages", "pretrain,polish"], "polish"),
-        ("export", ["--to", "gguf", "--output", "x", "--checkpoint", "y"], "gguf"),
+        ("export", ["--to", "gguf", "--output", "x", "--checkpoint", "y"], "no such folder"),
         ("export", ["--to", "hf", "--output", "x", "--checkpoint", "y", "--random-weights"], "--random-weights"),
         ("export", ["--to", "hf", "--output", "x", "--checkpoint", "y", "--train.steps", "5"], "--train.steps"),
         ("export", ["--to", "hf", "--output", "/proc/x/y", "--checkpoint", "y"], "/proc/x/y"),

@@ -34,7 +34,10 @@ def head() -> Iterator[str]:
     dashboard = free_port()
     start = subprocess.run(
         [RAY, "start", "--head", "--port", str(free_port()), "--dashboard-host", "127.0.0.1",
-         "--dashboard-port", str(dashboard), "--num-cpus", "2", "--disable-usage-stats"],
+         "--dashboard-port", str(dashboard), "--num-cpus", "2", "--disable-usage-stats",
+         # Their usual ports may still be held by the agent of a head that another test has just left.
+         "--dashboard-agent-listen-port", str(free_port()), "--dashboard-agent-grpc-port", str(free_port()),
+         "--runtime-env-agent-port", str(free_port()), "--metrics-export-port", str(free_port())],
         env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert start.returncode == 0, start.stderr
