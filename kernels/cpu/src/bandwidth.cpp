@@ -1,28 +1,16 @@
 // The machine's limits, measured in this process: how fast memory is read (decoding), how fast bytes are multiplied (prefill).
-#include <time.h>
-
 #include "threads.h"
 
 #include "ops.h"
-
-namespace {
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
-
-} // namespace
 
 extern "C" double pf_int8_peak(int32_t repeats) {
     const pf::Ops *ops = pf::default_ops();
     if (ops == nullptr || ops->burn == nullptr) return 0.0;
     double best = 0.0;
     for (int32_t i = 0; i < repeats; ++i) {
-        double begin = now();
+        double begin = pf::now();
         int64_t multiplies = ops->burn(2000000);
-        best = pf::larger(best, 2.0 * double(multiplies) / (now() - begin));
+        best = pf::larger(best, 2.0 * double(multiplies) / (pf::now() - begin));
     }
     return best;
 }
@@ -36,11 +24,11 @@ extern "C" double pf_read_bandwidth(size_t bytes, int32_t threads, int32_t repea
     double best = 0.0;
     uint64_t sums[256] = {};
     for (int32_t i = 0; i < repeats; ++i) {
-        double begin = now();
+        double begin = pf::now();
         pool.split(int(bytes / 4096), [&](int first, int last, int thread) {
             sums[thread] += ops->read(memory.data() + size_t(first) * 4096, size_t(last - first) * 4096);
         });
-        best = pf::larger(best, double(bytes) / (now() - begin));
+        best = pf::larger(best, double(bytes) / (pf::now() - begin));
     }
     // The sums must be seen, or the reads might be left out.
     volatile uint64_t seen = sums[0];

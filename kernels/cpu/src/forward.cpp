@@ -1,6 +1,4 @@
 // One pass of a batch of tokens through the layers: which operation follows which, and how rows are shared out over threads.
-#include <time.h>
-
 #include "session.h"
 
 using pf::Attention;
@@ -9,24 +7,14 @@ using pf::Config;
 using pf::Matrix;
 using pf::Operation;
 
-namespace {
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
-
-} // namespace
-
 // Adds the time until the end of its block to an operation's.
 class pf_session::Clock {
   public:
     Clock(pf_session &session, Operation operation) : session_(session), operation_(operation) {
-        if (session.timed) begin_ = now();
+        if (session.timed) begin_ = pf::now();
     }
     ~Clock() {
-        if (session_.timed) session_.seconds[operation_] += now() - begin_;
+        if (session_.timed) session_.seconds[operation_] += pf::now() - begin_;
     }
 
   private:

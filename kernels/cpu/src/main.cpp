@@ -17,12 +17,6 @@ const char kUsage[] =
     "                       [--kv f32|f16|int8] [--batch N] [--context N] [--bandwidth-mib N] [--verify 1]\n"
     "       pocketforge-run MODEL --ids 1,2,3 --decode-tokens N    continue these ids greedily\n";
 
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
-
 double cpu_now() {
     timespec t;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
@@ -147,9 +141,9 @@ int main(int argc, char **argv) {
     char error[512];
     pf_model *model = nullptr;
     pf_session *session = nullptr;
-    double begin = now();
+    double begin = pf::now();
     if (pf_model_open(options.model, -1, options.verify, &model, error, sizeof error) != PF_OK) return fail(error);
-    double load_seconds = now() - begin;
+    double load_seconds = pf::now() - begin;
     pf_model_info info;
     pf_model_get_info(model, &info);
     int kv = strcmp(options.kv, "f32") == 0 ? PF_KV_F32 : strcmp(options.kv, "int8") == 0 ? PF_KV_INT8 : PF_KV_F16;
@@ -183,9 +177,9 @@ int main(int argc, char **argv) {
     for (int r = -1; r < options.repeats; ++r) {  // round -1 warms up and is not counted
         pf_session_reset(session);
         pf_session_clocks(session, r >= 0, nullptr);
-        double start = now(), cpu = cpu_now();
+        double start = pf::now(), cpu = cpu_now();
         if (pf_session_eval(session, tokens.data(), options.prompt, 0, logits.data(), error, sizeof error) != PF_OK) return fail(error);
-        double end = now();
+        double end = pf::now();
         if (r >= 0) prefill[size_t(r)] = end - start;
         if (r >= 0) prefill_cpu += cpu_now() - cpu;
         double parts[32] = {};
@@ -197,7 +191,7 @@ int main(int argc, char **argv) {
         for (int i = 0; i < options.decode; ++i) {
             int32_t id = pf_sample(logits.data(), info.vocab_size, 0.0f, 1.0f, &state);
             if (pf_session_eval(session, &id, 1, 0, logits.data(), error, sizeof error) != PF_OK) return fail(error);
-            end = now();
+            end = pf::now();
             if (r >= 0) steps[size_t(r) * size_t(options.decode) + size_t(i)] = end - last;
             last = end;
         }
