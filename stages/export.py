@@ -13,7 +13,7 @@ from data_pipeline.chat import LLAMA3_TEMPLATE, layout_name
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import Tokenizer
 from modeling.hf_convert import Layout, save_hf
-from stages.errors import InputError
+from stages.export_source import check_free
 from stages.loading import LoadedModel, load_model
 
 CHAT_TEMPLATES = {
@@ -45,8 +45,7 @@ def export_hf(checkpoint: str | Path, output: str | Path, layout: Layout | None 
             hold the model.
     """
     output = Path(output)
-    if output.exists():
-        raise InputError(f"{output} exists; name another folder, nothing is overwritten")
+    check_free(output)
     loaded = load_model(checkpoint)
     output.parent.mkdir(parents=True, exist_ok=True)
 

@@ -28,7 +28,7 @@ from modeling.layers import Linear, rope_tables
 from quant.apply import convert, prepare, quantized_weights
 from quant.spec import QuantSpec
 from stages.errors import InputError
-from stages.loading import load_model
+from stages.export_source import check_free, load_for_export
 
 BLOCK = 32
 """XNNPACK's INT4 matrices have one scale for a multiple of this many weights."""
@@ -43,10 +43,9 @@ def export_executorch(checkpoint: str | Path, output: str | Path) -> None:
         InputError: `output` exists, `executorch` is not installed, or XNNPACK cannot hold the model's integers.
         CheckpointError: the checkpoint is damaged.
     """
-    _check_free(Path(output))
-    loaded = load_model(checkpoint, latent=True)
-    lineage = {**(loaded.lineage.to_dict() if loaded.lineage else {}), "checkpoint": str(loaded.path)}
-    write_executorch_model(loaded.model, output, quant=loaded.quant, tokenizer=loaded.tokenizer, lineage=lineage)
+    check_free(Path(output))
+    model, described = load_for_export(checkpoint)
+    write_executorch_model(model, output, **described)
 
 
 def write_executorch_model(
@@ -60,7 +59,7 @@ def write_executorch_model(
     `get_lineage` and `get_quantization` JSON.
     """
     output = Path(output)
-    _check_free(output)
+    check_free(output)
     spec = quant or QuantSpec()
     _check_expressible(model.config, spec)
     try:
@@ -96,11 +95,6 @@ def write_executorch_model(
         part.rename(output)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _check_free(output: Path) -> None:
-    if output.exists():
-        raise InputError(f"{output} exists; name another file, nothing is overwritten")
 
 
 def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:

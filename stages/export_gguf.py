@@ -32,9 +32,9 @@ from quant.apply import convert_weight, prepare, quantized_weights
 from quant.primitives import group_scales, quantize
 from quant.spec import QuantSpec
 from stages.errors import InputError
+from stages.export_source import check_free, load_for_export
 from stages.gguf_blocks import BLOCK, pack_q4_0, pack_q8_0
 from stages.gguf_tokenizer import add_tokenizer
-from stages.loading import load_model
 
 MAX_LAYERS = 512
 """llama.cpp's LLAMA_MAX_LAYERS."""
@@ -63,10 +63,9 @@ def export_gguf(checkpoint: str | Path, output: str | Path) -> None:
         InputError: `output` exists, `gguf` is not installed, or llama.cpp has no graph or no encoding for the model.
         CheckpointError: the checkpoint is damaged.
     """
-    _check_free(Path(output))
-    loaded = load_model(checkpoint, latent=True)
-    lineage = {**(loaded.lineage.to_dict() if loaded.lineage else {}), "checkpoint": str(loaded.path)}
-    write_gguf_model(loaded.model, output, quant=loaded.quant, tokenizer=loaded.tokenizer, lineage=lineage)
+    check_free(Path(output))
+    model, described = load_for_export(checkpoint)
+    write_gguf_model(model, output, **described)
 
 
 def write_gguf_model(
@@ -75,7 +74,7 @@ def write_gguf_model(
 ) -> None:  # fmt: skip
     """Write a model in memory, whole or not at all; `quant` is how it is prepared, None prepares it (in place)."""
     output = Path(output)
-    _check_free(output)
+    check_free(output)
     spec = quant or QuantSpec()
     name = architecture(model.config)
     _check_blocks(model.config, spec)
@@ -112,11 +111,6 @@ def architecture(config: ModelConfig) -> str:
         return "granite_swa"
     raise InputError(f"the model has {' and '.join(sorted(kinds))} blocks; we know no graph of llama.cpp with windows "
                      "and blocks without attention")
-
-
-def _check_free(output: Path) -> None:
-    if output.exists():
-        raise InputError(f"{output} exists; name another file, nothing is overwritten")
 
 
 def _check_blocks(config: ModelConfig, spec: QuantSpec) -> None:

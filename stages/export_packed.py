@@ -22,7 +22,7 @@ from quant.apply import convert_weight, prepare, quantized_weights
 from quant.primitives import group_scales, quantize
 from quant.spec import QuantSpec
 from stages.errors import InputError
-from stages.loading import load_model
+from stages.export_source import check_free, load_for_export
 
 EmbeddingEncoding = Literal["int4", "int8"]
 
@@ -40,9 +40,8 @@ def export_packed(checkpoint: str | Path, output: str | Path, embedding: Embeddi
     Raises:
         InputError: `output` exists, or the runtime cannot hold the model. CheckpointError: the checkpoint is damaged.
     """
-    loaded = load_model(checkpoint, latent=True)
-    lineage = {**(loaded.lineage.to_dict() if loaded.lineage else {}), "checkpoint": str(loaded.path)}
-    pack_model(loaded.model, output, quant=loaded.quant, tokenizer=loaded.tokenizer, lineage=lineage, embedding=embedding)
+    model, described = load_for_export(checkpoint)
+    pack_model(model, output, embedding=embedding, **described)
 
 
 def pack_model(
@@ -51,8 +50,7 @@ def pack_model(
 ) -> None:  # fmt: skip
     """Write a model in memory; `quant` is how it is prepared already, None prepares it (in place) with the default spec."""
     output = Path(output)
-    if output.exists():
-        raise InputError(f"{output} exists; name another file, nothing is overwritten")
+    check_free(output)
     trained = quant is not None
     spec = quant or QuantSpec()
     _check_expressible(model.config, spec)
