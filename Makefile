@@ -56,9 +56,9 @@ fuzz: setup
 # The runtime for 64-bit Arm, its programs static; tests run them in an emulator where both are there.
 runtime-aarch64:
 	.ci/system-packages
-	cmake -S kernels/cpu -B build/runtime-aarch64 -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/kernels/cpu/aarch64.cmake
-	cmake --build build/runtime-aarch64 --parallel 2
-	cmake --install build/runtime-aarch64 --prefix build/runtime-aarch64
+	cmake -S kernels/cpu -B build/cross-aarch64 -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/kernels/cpu/aarch64.cmake
+	cmake --build build/cross-aarch64 --parallel 2
+	cmake --install build/cross-aarch64 --prefix build/cross-aarch64
 
 interop: $(VENV)/.ready-interop
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "kernels" / "lib"
-AARCH64 = ROOT / "build" / "runtime-aarch64" / "kernels" / "lib"
+AARCH64 = ROOT / "build" / "cross-aarch64" / "kernels" / "lib"
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def _lacks() -> str:
         return "no qemu-aarch64; .ci/system-packages installs it"
     if not all((AARCH64 / name).exists() for name in ("pocketforge-check", "pocketforge-run")):
         return f"no programs in {AARCH64.relative_to(ROOT)}; make runtime-aarch64 builds them"
-    build = str(ROOT / "build" / "runtime-aarch64")
+    build = str(ROOT / "build" / "cross-aarch64")
     for command in (["cmake", "--build", build], ["cmake", "--install", build, "--prefix", build]):
         subprocess.run(command, check=True, capture_output=True)
     return ""

@@ -69,6 +69,7 @@ PF_API void pf_session_free(pf_session *session);
 PF_API void pf_session_reset(pf_session *session);
 PF_API int32_t pf_session_length(const pf_session *session);
 PF_API uint64_t pf_session_kv_bytes(const pf_session *session);
+PF_API uint64_t pf_session_kv_read_bytes(const pf_session *session); /* cache bytes that the next token will read */
 
 /* Add `count` tokens. `logits` receives the last token's [vocab_size], or with `all` every token's
  * [count, vocab_size]; it may be NULL. On an error the session is as before. */

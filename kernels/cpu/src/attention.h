@@ -13,6 +13,17 @@ template <typename V> struct AttentionOps {
         return ring.blocks + size_t((position / kPanel) % ring.count) * ring.layout.block_bytes();
     }
 
+    // A pass over the cache takes half of every block and leaps the other: more than the hardware foresees, and reading
+    // falls to a quarter of the bandwidth. So with few queries, when memory sets the pace, each pass asks for its half of
+    // a block some blocks ahead.
+    // Inlined always: GCC takes a function that does nothing else for one without effect, and leaves its calls out.
+    __attribute__((always_inline)) static void ask_for(KvRing ring, int block, int end, size_t offset) {
+        if (block + kAhead >= end) return;
+        const uint8_t *ahead = block_of(ring, (block + kAhead) * kPanel) + offset;
+        for (size_t i = 0; i < ring.layout.key_bytes() + ring.layout.scale_bytes(); i += 64) __builtin_prefetch(ahead + i, 0, 2);
+    }
+    static constexpr int kAhead = 4;
+
     static void store_kv(KvRing ring, int position, const float *key, const float *value) {
         const KvLayout &layout = ring.layout;
         uint8_t *block = block_of(ring, position);
@@ -47,26 +58,26 @@ template <typename V> struct AttentionOps {
             last = larger(last, queries[i].last);
         }
         int begin = first / kPanel, end = last / kPanel + 1, stride = (end - begin) * kPanel;
-        constexpr int Q = V::kQueries;
-        for (int i = 0; i < count; i += Q) {
-            int part = smaller(count - i, Q);
+        in_tiles(count, [&](auto size, int i) {
+            constexpr int Q = decltype(size)::value;
             float *out = scores + i * stride;
-            if (ring.layout.type == PF_KV_INT8) int8_scores(ring, queries + i, part, scale, begin, end, out);
-            else if (ring.layout.type == PF_KV_F16) key_scores<Float16>(ring, queries + i, part, scale, begin, end, out);
-            else key_scores<Float32>(ring, queries + i, part, scale, begin, end, out);
-        }
+            if (ring.layout.type == PF_KV_INT8) int8_scores<Q>(ring, queries + i, count - i, scale, begin, end, out);
+            else if (ring.layout.type == PF_KV_F16) key_scores<Float16, Q>(ring, queries + i, count - i, scale, begin, end, out);
+            else key_scores<Float32, Q>(ring, queries + i, count - i, scale, begin, end, out);
+        });
         float sums[kQueryTile];
         for (int i = 0; i < count; ++i) {
             int hidden = queries[i].first - begin * kPanel, seen = queries[i].last - begin * kPanel + 1;
             sums[i] = softmax_numerators(scores + i * stride, hidden, seen, stride);
         }
-        for (int i = 0; i < count; i += Q) {
-            int part = smaller(count - i, Q);
+        if (ring.layout.type == PF_KV_INT8) scale_weights(ring, count, begin, end, scores);
+        in_tiles(count, [&](auto size, int i) {
+            constexpr int Q = decltype(size)::value;
             float *p = scores + i * stride;
-            if (ring.layout.type == PF_KV_INT8) weigh_values<Int8>(ring, queries + i, part, begin, end, p, sums + i);
-            else if (ring.layout.type == PF_KV_F16) weigh_values<Float16>(ring, queries + i, part, begin, end, p, sums + i);
-            else weigh_values<Float32>(ring, queries + i, part, begin, end, p, sums + i);
-        }
+            if (ring.layout.type == PF_KV_INT8) weigh_values<Int8, Q>(ring, queries + i, count - i, begin, end, p, sums + i);
+            else if (ring.layout.type == PF_KV_F16) weigh_values<Float16, Q>(ring, queries + i, count - i, begin, end, p, sums + i);
+            else weigh_values<Float32, Q>(ring, queries + i, count - i, begin, end, p, sums + i);
+        });
     }
 
     static constexpr int kMaxHeadDim = 512;
@@ -84,20 +95,32 @@ template <typename V> struct AttentionOps {
         static V load(const uint8_t *p) { return V::load_int8(reinterpret_cast<const int8_t *>(p)); }
     };
 
-    // A lane is a token: each score sums over head_dim in order, without a reduction across lanes.
-    template <typename T>
-    static void key_scores(KvRing ring, const Query *queries, int count, float scale, int begin, int end, float *scores) {
-        if (count > V::kQueries / 2) key_scores_of<T, V::kQueries>(ring, queries, count, scale, begin, end, scores);
-        else if (count > 1) key_scores_of<T, V::kQueries / 2>(ring, queries, count, scale, begin, end, scores);
-        else key_scores_of<T, 1>(ring, queries, count, scale, begin, end, scores);
+    // f(size, first): as few full tiles as the registers take, what is left in one of its own size; Q is a constant in f.
+    template <typename F> static void in_tiles(int count, F f) {
+        int i = 0;
+        for (; count - i >= V::kQueries; i += V::kQueries) f(Size<V::kQueries>(), i);
+        if constexpr (V::kQueries > 4) {
+            if (count - i > 4) return f(Size<V::kQueries>(), i);  // the last query stands in for those that lack
+        }
+        if constexpr (V::kQueries > 2) {
+            if (count - i == 4) return f(Size<4>(), i);
+            if (count - i == 3) return f(Size<3>(), i);
+            if (count - i == 2) return f(Size<2>(), i);
+        }
+        if (count - i == 1) f(Size<1>(), i);
     }
+    template <int Q> struct Size {
+        static constexpr int value = Q;
+    };
 
+    // A lane is a token: each score sums over head_dim in order, without a reduction across lanes.
     template <typename T, int Q>
-    static void key_scores_of(KvRing ring, const Query *queries, int count, float scale, int begin, int end, float *scores) {
+    static void key_scores(KvRing ring, const Query *queries, int count, float scale, int begin, int end, float *scores) {
         const float *q[Q];
-        for (int i = 0; i < Q; ++i) q[i] = queries[smaller(i, count - 1)].q;  // the last one stands in for those that lack
+        for (int i = 0; i < Q; ++i) q[i] = queries[smaller(i, count - 1)].q;
         int d = ring.layout.head_dim, stride = (end - begin) * kPanel;
         for (int b = begin; b < end; ++b) {
+            if constexpr (Q <= 4) ask_for(ring, b, end, 0);
             const uint8_t *keys = block_of(ring, b * kPanel);
             V sums[Q];
 #pragma GCC unroll 8
@@ -116,22 +139,32 @@ template <typename V> struct AttentionOps {
     }
 
     // Queries are quantized as activations are; dot products are exact integers.
+    template <int Q>
     static void int8_scores(KvRing ring, const Query *queries, int count, float scale, int begin, int end, float *scores) {
-        int8_t codes[V::kQueries][kMaxHeadDim];
-        float scales[V::kQueries];
-        int32_t unused[kMaxHeadDim / kGroup];
+        int8_t codes[Q][kMaxHeadDim];
+        const int8_t *q[Q];
+        int32_t sums[Q];
+        float scales[Q];
         const KvLayout &layout = ring.layout;
         int stride = (end - begin) * kPanel;
-        for (int i = 0; i < count; ++i) {
-            Floats::quantize_row(queries[i].q, layout.head_dim, codes[i], scales + i, unused);
+        for (int i = 0; i < Q; ++i) {
+            int32_t offsets[kMaxHeadDim / kGroup];
+            Floats::quantize_row(queries[smaller(i, count - 1)].q, layout.head_dim, codes[i], scales + i, offsets);
             scales[i] *= scale;
+            q[i] = codes[i];
+            sums[i] = 0;
+            for (int g = 0; g < layout.head_dim / kGroup; ++g) sums[i] -= offsets[g] / 8;
         }
         for (int b = begin; b < end; ++b) {
+            if constexpr (Q <= 4) ask_for(ring, b, end, 0);
             const uint8_t *block = block_of(ring, b * kPanel);
-            V key_scales = V::load(reinterpret_cast<const float *>(block + layout.key_scales()));
-            for (int i = 0; i < count; ++i) {
-                V dot = V::dot_int8(reinterpret_cast<const int8_t *>(block), codes[i], layout.head_dim);
-                V::store(scores + i * stride + (b - begin) * kPanel, dot * key_scales * V::set(scales[i]));
+            __builtin_prefetch(block + layout.value_scales(), 0, 2);  // for scale_weights
+            V key_scales = V::load(reinterpret_cast<const float *>(block + layout.key_scales())), dots[Q];
+            V::template dot_int8<Q>(reinterpret_cast<const int8_t *>(block), q, sums, layout.head_dim, dots);
+            float *out = scores + (b - begin) * kPanel;
+#pragma GCC unroll 8
+            for (int i = 0; i < Q; ++i) {
+                if (i < count) V::store(out + i * stride, dots[i] * key_scales * V::set(scales[i]));
             }
         }
     }
@@ -154,55 +187,64 @@ template <typename V> struct AttentionOps {
         return V::sum(sum);
     }
 
-    // A lane is a channel. Tokens add up in order, so a longer tile gives a query the same bits as a shorter one.
-    template <typename T>
-    static void weigh_values(KvRing ring, const Query *queries, int count, int begin, int end, float *scores, const float *sums) {
-        const KvLayout &layout = ring.layout;
+    // A token's weight times its values' scale, so that the codes are all that is left to weigh.
+    static void scale_weights(KvRing ring, int count, int begin, int end, float *scores) {
         int stride = (end - begin) * kPanel;
-        if (layout.type == PF_KV_INT8) {
-            for (int b = begin; b < end; ++b) {
-                V scales = V::load(reinterpret_cast<const float *>(block_of(ring, b * kPanel) + layout.value_scales()));
-                for (int i = 0; i < count; ++i) {
-                    float *p = scores + i * stride + (b - begin) * kPanel;
-                    V::store(p, V::load(p) * scales);
-                }
+        for (int b = begin; b < end; ++b) {
+            V scales = V::load(reinterpret_cast<const float *>(block_of(ring, b * kPanel) + ring.layout.value_scales()));
+            for (int i = 0; i < count; ++i) {
+                float *p = scores + i * stride + (b - begin) * kPanel;
+                V::store(p, V::load(p) * scales);
             }
         }
-        if (count > V::kQueries / 2) add_values<T, V::kQueries>(ring, queries, count, begin, end, scores, sums);
-        else if (count > 1) add_values<T, V::kQueries / 2>(ring, queries, count, begin, end, scores, sums);
-        else add_values<T, 1>(ring, queries, count, begin, end, scores, sums);
     }
 
     template <typename T, int Q>
-    static void add_values(KvRing ring, const Query *queries, int count, int begin, int end, const float *scores, const float *sums) {
+    static void weigh_values(KvRing ring, const Query *queries, int count, int begin, int end, const float *scores, const float *sums) {
+        int c = 0, d = ring.layout.head_dim;
+        // Whole lines of a narrow cache where the registers hold them: the cache is then read once.
+        if constexpr (V::kQueries == 8 && Q <= 4) {
+            for (; c + 64 <= d; c += 64) add_values<T, Q, 4>(ring, queries, count, begin, end, c, scores, sums);
+        }
+        for (; c < d; c += 32) add_values<T, Q, 2>(ring, queries, count, begin, end, c, scores, sums);
+    }
+
+    // 16 C channels from channel c. A lane is a channel. Tokens add up in order, so a longer tile gives a query the same
+    // bits as a shorter one.
+    template <typename T, int Q, int C>
+    static void add_values(KvRing ring, const Query *queries, int count, int begin, int end, int c, const float *scores, const float *sums) {
         const KvLayout &layout = ring.layout;
-        int d = layout.head_dim, stride = (end - begin) * kPanel;
+        int stride = (end - begin) * kPanel;
+        size_t row = T::size * size_t(layout.head_dim);
         const float *p[Q];
         for (int i = 0; i < Q; ++i) p[i] = scores + smaller(i, count - 1) * stride;
-        for (int c = 0; c < d; c += 32) {
-            V low[Q], high[Q];
+        V total[Q][C];
 #pragma GCC unroll 8
-            for (int i = 0; i < Q; ++i) low[i] = high[i] = V::zero();
-            for (int b = begin; b < end; ++b) {
-                const uint8_t *values = block_of(ring, b * kPanel) + layout.values() + T::size * size_t(c);
-                int at = (b - begin) * kPanel;
-                for (int j = 0; j < kPanel; ++j, values += T::size * size_t(d)) {
-                    V v0 = T::load(values), v1 = T::load(values + T::size * 16);
+        for (int i = 0; i < Q; ++i) {
+#pragma GCC unroll 4
+            for (int k = 0; k < C; ++k) total[i][k] = V::zero();
+        }
+        for (int b = begin; b < end; ++b) {
+            if (Q <= 4 && c == 0) ask_for(ring, b, end, layout.values());
+            const uint8_t *values = block_of(ring, b * kPanel) + layout.values() + T::size * size_t(c);
+            int at = (b - begin) * kPanel;
+            for (int j = 0; j < kPanel; ++j, values += row) {
+                V v[C];
+#pragma GCC unroll 4
+                for (int k = 0; k < C; ++k) v[k] = T::load(values + T::size * 16 * size_t(k));
 #pragma GCC unroll 8
-                    for (int i = 0; i < Q; ++i) {
-                        V weight = V::set(p[i][at + j]);
-                        low[i] = V::fma(weight, v0, low[i]);
-                        high[i] = V::fma(weight, v1, high[i]);
-                    }
+                for (int i = 0; i < Q; ++i) {
+                    V weight = V::set(p[i][at + j]);
+#pragma GCC unroll 4
+                    for (int k = 0; k < C; ++k) total[i][k] = V::fma(weight, v[k], total[i][k]);
                 }
             }
+        }
 #pragma GCC unroll 8
-            for (int i = 0; i < Q; ++i) {
-                if (i >= count) continue;
-                V total = V::set(sums[i]);
-                V::store(queries[i].out + c, low[i] / total);
-                V::store(queries[i].out + c + 16, high[i] / total);
-            }
+        for (int i = 0; i < Q; ++i) {
+            if (i >= count) continue;
+#pragma GCC unroll 4
+            for (int k = 0; k < C; ++k) V::store(queries[i].out + c + 16 * k, total[i][k] / V::set(sums[i]));
         }
     }
 };

@@ -170,7 +170,7 @@ int main(int argc, char **argv) {
     size_t bytes = size_t(options.bandwidth_mib) << 20;
     double before = bytes > 0 ? pf_read_bandwidth(bytes, options.threads, 3) : 0.0;
     reset_peak();
-    double prefill_cpu = 0, decode_cpu = 0, operations[2][32] = {};
+    double prefill_cpu = 0, decode_cpu = 0, kv_read = 0, operations[2][32] = {};
     uint32_t crc = 0;
     uint64_t state = 1;
     int64_t peak = 0;
@@ -190,6 +190,7 @@ int main(int argc, char **argv) {
         double last = start;
         for (int i = 0; i < options.decode; ++i) {
             int32_t id = pf_sample(logits.data(), info.vocab_size, 0.0f, 1.0f, &state);
+            if (r >= 0) kv_read += double(pf_session_kv_read_bytes(session));
             if (pf_session_eval(session, &id, 1, 0, logits.data(), error, sizeof error) != PF_OK) return fail(error);
             end = pf::now();
             if (r >= 0) steps[size_t(r) * size_t(options.decode) + size_t(i)] = end - last;
@@ -218,7 +219,10 @@ int main(int argc, char **argv) {
     double products = operations[0][3] + operations[0][6] + operations[0][7] + operations[0][9];  // qkv, out, gate and up, down
     double integer = 2.0 * double(info.layer_weights) * options.prompt * options.repeats;
     printf("\"int8_peak\":%.6g,\"prefill_int8_operations_per_second\":%.6g,", peak_operations, products > 0 ? integer / products : 0.0);
+    kv_read /= double(options.repeats) * options.decode;
     printf("\"decode_share_of_bandwidth\":%.4g,", best > 0 ? double(info.decode_bytes) / per_token / best : 0.0);
+    printf("\"decode_kv_bytes\":%.0f,\"decode_share_with_cache\":%.4g,", kv_read,
+           best > 0 ? (double(info.decode_bytes) + kv_read) / per_token / best : 0.0);
     printf("\"operations\":{");
     for (int phase = 0; phase < 2; ++phase) {
         printf("%s\"%s\":{", phase == 0 ? "" : ",", phase == 0 ? "prefill_ms" : "decode_ms");

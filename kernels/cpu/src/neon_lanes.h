@@ -76,20 +76,28 @@ struct Lanes {
     static uint64_t all(Sum sum) { return vaddvq_u64(sum); }
     static int32_t sum_codes(const int8_t *codes) { return vaddlvq_s8(vld1q_s8(codes)) + vaddlvq_s8(vld1q_s8(codes + 16)); }
 
-    PF_DOTPROD static Lanes dot_int8(const int8_t *keys, const int8_t *q, int head_dim) {
-        int32x4_t acc[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
+    template <int Q>
+    PF_DOTPROD static void dot_int8(const int8_t *keys, const int8_t *const *q, const int32_t *, int head_dim, Lanes *dots) {
+        int32x4_t acc[Q][4];
+#pragma GCC unroll 2
+        for (int t = 0; t < Q; ++t) acc[t][0] = acc[t][1] = acc[t][2] = acc[t][3] = vdupq_n_s32(0);
         for (int i = 0; i < head_dim; i += 16, keys += 256) {
-            int8x16_t x = vld1q_s8(q + i);
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) acc[r] = vdotq_laneq_s32(acc[r], vld1q_s8(keys + 16 * r), x, 0);
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) acc[r] = vdotq_laneq_s32(acc[r], vld1q_s8(keys + 16 * r + 64), x, 1);
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) acc[r] = vdotq_laneq_s32(acc[r], vld1q_s8(keys + 16 * r + 128), x, 2);
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) acc[r] = vdotq_laneq_s32(acc[r], vld1q_s8(keys + 16 * r + 192), x, 3);
+            for (int r = 0; r < 4; ++r) {
+                int8x16_t k0 = vld1q_s8(keys + 16 * r), k1 = vld1q_s8(keys + 16 * r + 64);
+                int8x16_t k2 = vld1q_s8(keys + 16 * r + 128), k3 = vld1q_s8(keys + 16 * r + 192);
+#pragma GCC unroll 2
+                for (int t = 0; t < Q; ++t) {
+                    int8x16_t x = vld1q_s8(q[t] + i);
+                    acc[t][r] = vdotq_laneq_s32(acc[t][r], k0, x, 0);
+                    acc[t][r] = vdotq_laneq_s32(acc[t][r], k1, x, 1);
+                    acc[t][r] = vdotq_laneq_s32(acc[t][r], k2, x, 2);
+                    acc[t][r] = vdotq_laneq_s32(acc[t][r], k3, x, 3);
+                }
+            }
         }
-        return from_int32(acc[0], acc[1], acc[2], acc[3]);
+#pragma GCC unroll 2
+        for (int t = 0; t < Q; ++t) dots[t] = from_int32(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
     }
 };
 

@@ -76,12 +76,15 @@ struct Lanes {
         for (int i = 0; i < kGroup; ++i) sum += codes[i];
         return sum;
     }
-    static Lanes dot_int8(const int8_t *keys, const int8_t *q, int head_dim) {
-        return each([&](int lane) {
-            int32_t sum = 0;
-            for (int i = 0; i < head_dim; ++i) sum += int32_t(keys[(i / 4 * kPanel + lane) * 4 + i % 4]) * q[i];
-            return float(sum);
-        });
+    template <int Q>
+    static void dot_int8(const int8_t *keys, const int8_t *const *q, const int32_t *, int head_dim, Lanes *dots) {
+        for (int t = 0; t < Q; ++t) {
+            dots[t] = each([&](int lane) {
+                int32_t sum = 0;
+                for (int i = 0; i < head_dim; ++i) sum += int32_t(keys[(i / 4 * kPanel + lane) * 4 + i % 4]) * q[t][i];
+                return float(sum);
+            });
+        }
     }
     static uint16_t float_to_half(float x) {
         // To nearest, half to even, as the hardware does; what is too large becomes infinite.

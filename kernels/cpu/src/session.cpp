@@ -80,7 +80,7 @@ pf_status pf_session::create(const Error &error) {
             at += size_t(cache.count) * size_t(c.num_kv_heads) * layout.block_bytes();
         }
         total = at;
-        if (pass == 0 && !kv_.allocate(total)) return error.set(PF_NO_MEMORY, "no memory for a key/value cache of %zu bytes", total);
+        if (pass == 0 && !kv_.allocate(total, true)) return error.set(PF_NO_MEMORY, "no memory for a key/value cache of %zu bytes", total);
     }
     kv_bytes = total;
     if (!pool.start(options.threads)) return error.set(PF_NO_MEMORY, "the system starts no %d threads", options.threads);
@@ -105,6 +105,18 @@ void pf_session::fill_rope() {
             sines[half + i] = float(sine);
         }
     }
+}
+
+uint64_t pf_session::kv_read_bytes() const {
+    const Config &c = model->config;
+    uint64_t blocks = 0;
+    for (int i = 0; i < c.executed(); ++i) {
+        Attention kind = model->blocks[size_t(i / c.block_repeat)].attention;
+        if (kind == Attention::kSkip) continue;
+        int seen = kind == Attention::kWindow ? pf::smaller(length + 1, c.window) : length + 1;
+        blocks += uint64_t((seen + pf::kPanel - 1) / pf::kPanel);
+    }
+    return blocks * uint64_t(c.num_kv_heads) * layout.block_bytes();
 }
 
 pf_status pf_session::eval(const int32_t *tokens, const int32_t *labels, int count, bool all, float *logits, float *nll, const Error &error) {
@@ -176,6 +188,7 @@ void pf_session_free(pf_session *session) {
 void pf_session_reset(pf_session *session) { session->length = 0; }
 int32_t pf_session_length(const pf_session *session) { return session->length; }
 uint64_t pf_session_kv_bytes(const pf_session *session) { return session->kv_bytes; }
+uint64_t pf_session_kv_read_bytes(const pf_session *session) { return session->kv_read_bytes(); }
 
 pf_status pf_session_eval(pf_session *session, const int32_t *tokens, int32_t count, int32_t all, float *logits, char *text, size_t size) {
     return session->eval(tokens, nullptr, count, all != 0, logits, nullptr, Error(text, size));

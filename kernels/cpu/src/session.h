@@ -24,6 +24,7 @@ struct pf_session {
     uint64_t kv_bytes = 0;
 
     pf_status create(const pf::Error &error);
+    uint64_t kv_read_bytes() const;
     pf_status eval(const int32_t *tokens, const int32_t *labels, int count, bool all, float *logits, float *nll, const pf::Error &error);
 
     bool timed = false;

@@ -22,14 +22,22 @@ inline __m256i add_dot(__m256i acc, __m256i a, __m256i b) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-Lanes Lanes::dot_int8(const int8_t *keys, const int8_t *q, int head_dim) {
-    __m256i a = _mm256_setzero_si256(), b = a;
+template <int Q>
+void Lanes::dot_int8(const int8_t *keys, const int8_t *const *q, const int32_t *, int head_dim, Lanes *dots) {
+    __m256i a[Q], b[Q];
+#pragma GCC unroll 4
+    for (int t = 0; t < Q; ++t) a[t] = b[t] = _mm256_setzero_si256();
     for (int i = 0; i < head_dim; i += 4) {
-        __m256i four = broadcast(q + i);
-        a = add_dot(a, load32(keys + i * kPanel), four);
-        b = add_dot(b, load32(keys + i * kPanel + 32), four);
+        __m256i low = load32(keys + i * kPanel), high = load32(keys + i * kPanel + 32);
+#pragma GCC unroll 4
+        for (int t = 0; t < Q; ++t) {
+            __m256i four = broadcast(q[t] + i);
+            a[t] = add_dot(a[t], low, four);
+            b[t] = add_dot(b[t], high, four);
+        }
     }
-    return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)};
+#pragma GCC unroll 4
+    for (int t = 0; t < Q; ++t) dots[t] = {_mm256_cvtepi32_ps(a[t]), _mm256_cvtepi32_ps(b[t])};
 }
 
 inline void store_rows(float *y, __m256 value, int rows) {

@@ -87,7 +87,8 @@ struct Lanes {
         __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         return int32_t(_mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1)) - 128 * kGroup;
     }
-    static Lanes dot_int8(const int8_t *keys, const int8_t *q, int head_dim);
+    template <int Q>
+    static void dot_int8(const int8_t *keys, const int8_t *const *q, const int32_t *sums, int head_dim, Lanes *dots);
 };
 
 } // namespace

@@ -62,18 +62,23 @@ struct Lanes {
         __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         return int32_t(_mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1)) - 128 * kGroup;
     }
-    static Lanes dot_int8(const int8_t *keys, const int8_t *q, int head_dim) {
-        // The instruction wants one side unsigned: keys + 128, and 128 * sum(q) taken away.
-        int32_t sum = 0;
-        for (int i = 0; i < head_dim; i += kGroup) sum += sum_codes(q + i);
-        __m512i acc = _mm512_set1_epi32(-128 * sum), bias = _mm512_set1_epi8(-128);
+    // Q dot products with a block's 16 keys. The instruction wants one side unsigned: keys + 128, and 128 * sum(q) taken away.
+    template <int Q>
+    static void dot_int8(const int8_t *keys, const int8_t *const *q, const int32_t *sums, int head_dim, Lanes *dots) {
+        __m512i acc[Q], bias = _mm512_set1_epi8(-128);
+#pragma GCC unroll 8
+        for (int t = 0; t < Q; ++t) acc[t] = _mm512_set1_epi32(-128 * sums[t]);
         for (int i = 0; i < head_dim; i += 4) {
-            int32_t four;
-            memcpy(&four, q + i, 4);
             __m512i key = _mm512_xor_si512(_mm512_loadu_si512(keys + i * kPanel), bias);
-            acc = _mm512_dpbusd_epi32(acc, key, _mm512_set1_epi32(four));
+#pragma GCC unroll 8
+            for (int t = 0; t < Q; ++t) {
+                int32_t four;
+                memcpy(&four, q[t] + i, 4);
+                acc[t] = _mm512_dpbusd_epi32(acc[t], key, _mm512_set1_epi32(four));
+            }
         }
-        return {_mm512_cvtepi32_ps(acc)};
+#pragma GCC unroll 8
+        for (int t = 0; t < Q; ++t) dots[t] = {_mm512_cvtepi32_ps(acc[t])};
     }
 };
 
