@@ -220,3 +220,9 @@ def test_sampling_is_seeded_and_follows_the_distribution():
     kept = np.bincount([nucleus(logits) for _ in range(5_000)], minlength=4)
     assert kept[2] == kept[3] == 0 and abs(kept[0] / 5_000 - 0.5 / 0.8) < 0.03
     assert Sampler()(np.array([1.0, 3.0, 3.0], np.float32)) == 1
+
+
+def test_kernels_that_are_not_here_are_named_with_those_that_are(model_and_path, monkeypatch):
+    monkeypatch.setenv("POCKETFORGE_ISA", "sse9")
+    with pytest.raises(PackedModelError, match="POCKETFORGE_ISA=sse9; this machine has ref"):
+        PackedModel(model_and_path[1])

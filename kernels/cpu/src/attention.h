@@ -18,7 +18,7 @@ template <typename V> struct AttentionOps {
     // a block some blocks ahead.
     // Inlined always: GCC takes a function that does nothing else for one without effect, and leaves its calls out.
     __attribute__((always_inline)) static void ask_for(KvRing ring, int block, int end, size_t offset) {
-        if (block + kAhead >= end) return;
+        if (!ring.ahead || block + kAhead >= end) return;
         const uint8_t *ahead = block_of(ring, (block + kAhead) * kPanel) + offset;
         for (size_t i = 0; i < ring.layout.key_bytes() + ring.layout.scale_bytes(); i += 64) __builtin_prefetch(ahead + i, 0, 2);
     }
@@ -52,6 +52,7 @@ template <typename V> struct AttentionOps {
 
     // For up to kQueryTile queries of one key/value head: softmax(scale q k) v. Queries of the tile may see different tokens.
     static void attend(KvRing ring, const Query *queries, int count, float scale, float *scores) {
+        ring.ahead = count < kQueryTile;
         int first = queries[0].first, last = queries[0].last;
         for (int i = 1; i < count; ++i) {
             first = smaller(first, queries[i].first);
@@ -61,9 +62,9 @@ template <typename V> struct AttentionOps {
         in_tiles(count, [&](auto size, int i) {
             constexpr int Q = decltype(size)::value;
             float *out = scores + i * stride;
-            if (ring.layout.type == PF_KV_INT8) int8_scores<Q>(ring, queries + i, count - i, scale, begin, end, out);
-            else if (ring.layout.type == PF_KV_F16) key_scores<Float16, Q>(ring, queries + i, count - i, scale, begin, end, out);
-            else key_scores<Float32, Q>(ring, queries + i, count - i, scale, begin, end, out);
+            if (ring.layout.type == PF_KV_INT8) int8_scores<Q>(ring, queries + i, scale, begin, end, out);
+            else if (ring.layout.type == PF_KV_F16) key_scores<Float16, Q>(ring, queries + i, scale, begin, end, out);
+            else key_scores<Float32, Q>(ring, queries + i, scale, begin, end, out);
         });
         float sums[kQueryTile];
         for (int i = 0; i < count; ++i) {
@@ -74,9 +75,9 @@ template <typename V> struct AttentionOps {
         in_tiles(count, [&](auto size, int i) {
             constexpr int Q = decltype(size)::value;
             float *p = scores + i * stride;
-            if (ring.layout.type == PF_KV_INT8) weigh_values<Int8, Q>(ring, queries + i, count - i, begin, end, p, sums + i);
-            else if (ring.layout.type == PF_KV_F16) weigh_values<Float16, Q>(ring, queries + i, count - i, begin, end, p, sums + i);
-            else weigh_values<Float32, Q>(ring, queries + i, count - i, begin, end, p, sums + i);
+            if (ring.layout.type == PF_KV_INT8) weigh_values<Int8, Q>(ring, queries + i, begin, end, p, sums + i);
+            else if (ring.layout.type == PF_KV_F16) weigh_values<Float16, Q>(ring, queries + i, begin, end, p, sums + i);
+            else weigh_values<Float32, Q>(ring, queries + i, begin, end, p, sums + i);
         });
     }
 
@@ -95,19 +96,17 @@ template <typename V> struct AttentionOps {
         static V load(const uint8_t *p) { return V::load_int8(reinterpret_cast<const int8_t *>(p)); }
     };
 
-    // f(size, first): as few full tiles as the registers take, what is left in one of its own size; Q is a constant in f.
+    // f(size, first): as many full tiles as there are, and what is left in one of its own size; Q is a constant in f.
     template <typename F> static void in_tiles(int count, F f) {
         int i = 0;
         for (; count - i >= V::kQueries; i += V::kQueries) f(Size<V::kQueries>(), i);
-        if constexpr (V::kQueries > 4) {
-            if (count - i > 4) return f(Size<V::kQueries>(), i);  // the last query stands in for those that lack
+        if (i < count) rest<V::kQueries - 1>(count - i, [&](auto size) { f(size, i); });
+    }
+    template <int Q, typename F> static void rest(int count, F f) {
+        if constexpr (Q > 1) {
+            if (count < Q) return rest<Q - 1>(count, f);
         }
-        if constexpr (V::kQueries > 2) {
-            if (count - i == 4) return f(Size<4>(), i);
-            if (count - i == 3) return f(Size<3>(), i);
-            if (count - i == 2) return f(Size<2>(), i);
-        }
-        if (count - i == 1) f(Size<1>(), i);
+        f(Size<Q>());
     }
     template <int Q> struct Size {
         static constexpr int value = Q;
@@ -115,12 +114,12 @@ template <typename V> struct AttentionOps {
 
     // A lane is a token: each score sums over head_dim in order, without a reduction across lanes.
     template <typename T, int Q>
-    static void key_scores(KvRing ring, const Query *queries, int count, float scale, int begin, int end, float *scores) {
+    static void key_scores(KvRing ring, const Query *queries, float scale, int begin, int end, float *scores) {
         const float *q[Q];
-        for (int i = 0; i < Q; ++i) q[i] = queries[smaller(i, count - 1)].q;
+        for (int i = 0; i < Q; ++i) q[i] = queries[i].q;
         int d = ring.layout.head_dim, stride = (end - begin) * kPanel;
         for (int b = begin; b < end; ++b) {
-            if constexpr (Q <= 4) ask_for(ring, b, end, 0);
+            ask_for(ring, b, end, 0);
             const uint8_t *keys = block_of(ring, b * kPanel);
             V sums[Q];
 #pragma GCC unroll 8
@@ -132,15 +131,13 @@ template <typename V> struct AttentionOps {
             }
             float *out = scores + (b - begin) * kPanel;
 #pragma GCC unroll 8
-            for (int i = 0; i < Q; ++i) {
-                if (i < count) V::store(out + i * stride, sums[i] * V::set(scale));
-            }
+            for (int i = 0; i < Q; ++i) V::store(out + i * stride, sums[i] * V::set(scale));
         }
     }
 
     // Queries are quantized as activations are; dot products are exact integers.
     template <int Q>
-    static void int8_scores(KvRing ring, const Query *queries, int count, float scale, int begin, int end, float *scores) {
+    static void int8_scores(KvRing ring, const Query *queries, float scale, int begin, int end, float *scores) {
         int8_t codes[Q][kMaxHeadDim];
         const int8_t *q[Q];
         int32_t sums[Q];
@@ -149,23 +146,21 @@ template <typename V> struct AttentionOps {
         int stride = (end - begin) * kPanel;
         for (int i = 0; i < Q; ++i) {
             int32_t offsets[kMaxHeadDim / kGroup];
-            Floats::quantize_row(queries[smaller(i, count - 1)].q, layout.head_dim, codes[i], scales + i, offsets);
+            Floats::quantize_row(queries[i].q, layout.head_dim, codes[i], scales + i, offsets);
             scales[i] *= scale;
             q[i] = codes[i];
             sums[i] = 0;
             for (int g = 0; g < layout.head_dim / kGroup; ++g) sums[i] -= offsets[g] / 8;
         }
         for (int b = begin; b < end; ++b) {
-            if constexpr (Q <= 4) ask_for(ring, b, end, 0);
+            ask_for(ring, b, end, 0);
             const uint8_t *block = block_of(ring, b * kPanel);
             __builtin_prefetch(block + layout.value_scales(), 0, 2);  // for scale_weights
             V key_scales = V::load(reinterpret_cast<const float *>(block + layout.key_scales())), dots[Q];
             V::template dot_int8<Q>(reinterpret_cast<const int8_t *>(block), q, sums, layout.head_dim, dots);
             float *out = scores + (b - begin) * kPanel;
 #pragma GCC unroll 8
-            for (int i = 0; i < Q; ++i) {
-                if (i < count) V::store(out + i * stride, dots[i] * key_scales * V::set(scales[i]));
-            }
+            for (int i = 0; i < Q; ++i) V::store(out + i * stride, dots[i] * key_scales * V::set(scales[i]));
         }
     }
 
@@ -200,24 +195,24 @@ template <typename V> struct AttentionOps {
     }
 
     template <typename T, int Q>
-    static void weigh_values(KvRing ring, const Query *queries, int count, int begin, int end, const float *scores, const float *sums) {
+    static void weigh_values(KvRing ring, const Query *queries, int begin, int end, const float *scores, const float *sums) {
         int c = 0, d = ring.layout.head_dim;
         // Whole lines of a narrow cache where the registers hold them: the cache is then read once.
-        if constexpr (V::kQueries == 8 && Q <= 4) {
-            for (; c + 64 <= d; c += 64) add_values<T, Q, 4>(ring, queries, count, begin, end, c, scores, sums);
+        if constexpr (V::kQueries == 8 && Q <= 6) {
+            for (; c + 64 <= d; c += 64) add_values<T, Q, 4>(ring, queries, begin, end, c, scores, sums);
         }
-        for (; c < d; c += 32) add_values<T, Q, 2>(ring, queries, count, begin, end, c, scores, sums);
+        for (; c < d; c += 32) add_values<T, Q, 2>(ring, queries, begin, end, c, scores, sums);
     }
 
     // 16 C channels from channel c. A lane is a channel. Tokens add up in order, so a longer tile gives a query the same
     // bits as a shorter one.
     template <typename T, int Q, int C>
-    static void add_values(KvRing ring, const Query *queries, int count, int begin, int end, int c, const float *scores, const float *sums) {
+    static void add_values(KvRing ring, const Query *queries, int begin, int end, int c, const float *scores, const float *sums) {
         const KvLayout &layout = ring.layout;
         int stride = (end - begin) * kPanel;
         size_t row = T::size * size_t(layout.head_dim);
         const float *p[Q];
-        for (int i = 0; i < Q; ++i) p[i] = scores + smaller(i, count - 1) * stride;
+        for (int i = 0; i < Q; ++i) p[i] = scores + i * stride;
         V total[Q][C];
 #pragma GCC unroll 8
         for (int i = 0; i < Q; ++i) {
@@ -225,7 +220,7 @@ template <typename V> struct AttentionOps {
             for (int k = 0; k < C; ++k) total[i][k] = V::zero();
         }
         for (int b = begin; b < end; ++b) {
-            if (Q <= 4 && c == 0) ask_for(ring, b, end, layout.values());
+            if (c == 0) ask_for(ring, b, end, layout.values());
             const uint8_t *values = block_of(ring, b * kPanel) + layout.values() + T::size * size_t(c);
             int at = (b - begin) * kPanel;
             for (int j = 0; j < kPanel; ++j, values += row) {
@@ -242,7 +237,6 @@ template <typename V> struct AttentionOps {
         }
 #pragma GCC unroll 8
         for (int i = 0; i < Q; ++i) {
-            if (i >= count) continue;
 #pragma GCC unroll 4
             for (int k = 0; k < C; ++k) V::store(queries[i].out + c + 16 * k, total[i][k] / V::set(sums[i]));
         }

@@ -159,7 +159,14 @@ pf_status pf_model_open(const char *path, int32_t isa, int32_t verify, pf_model 
     *model = nullptr;
     const pf::Ops *ops = isa < 0 ? pf::default_ops() : pf::ops_at(isa);
     if (ops == nullptr || !ops->supported()) {
-        return error.set(PF_BAD_ARGUMENT, "POCKETFORGE_ISA or isa names kernels that this machine does not have");
+        char here[128] = "";
+        for (int i = 0; i < pf::ops_count(); ++i) {
+            if (!pf::ops_at(i)->supported()) continue;
+            size_t used = strlen(here);
+            snprintf(here + used, sizeof here - used, "%s%s", used == 0 ? "" : ", ", pf::ops_at(i)->name);
+        }
+        if (isa >= 0) return error.set(PF_BAD_ARGUMENT, "isa=%d; this machine has %s", isa, here);
+        return error.set(PF_BAD_ARGUMENT, "POCKETFORGE_ISA=%.64s; this machine has %s", getenv("POCKETFORGE_ISA"), here);
     }
     void *memory = calloc(1, sizeof(pf_model));
     if (memory == nullptr) return error.set(PF_NO_MEMORY, "no memory for a model");

@@ -89,6 +89,7 @@ struct KvRing {
     uint8_t *blocks;   // [count][block_bytes]
     int count;         // block b lies at b % count
     KvLayout layout;
+    bool ahead = false;  // whether to ask for blocks before they are needed
 };
 
 struct Ops {
