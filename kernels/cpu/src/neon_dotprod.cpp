@@ -122,15 +122,15 @@ void vector_all(const Matrix &w, const Rows &x, int begin, int end, float *y) {
 // ---- dotprod: T tokens by 8 rows, straight from the tokens' rows of codes ------------------------------------------
 
 template <int T>
-PF_DOTPROD void int4_dot(const Matrix &w, const uint8_t *panel, int half, const Rows &x, int first, float *y, size_t stride,
+PF_DOTPROD void int4_dot(const Matrix &w, const uint8_t *panel, int row, const Rows &x, int first, float *y, size_t stride,
                          int rows) {
-    const uint8_t *codes = panel + w.scale_bytes() + half * 32;
-    const uint16_t *scales = reinterpret_cast<const uint16_t *>(panel) + half * 8;
-    const int8_t *row[T];
+    const uint8_t *codes = panel + w.scale_bytes() + row * 4;
+    const uint16_t *scales = reinterpret_cast<const uint16_t *>(panel) + row;
+    const int8_t *token[T];
     float32x4_t total[T][2];
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-        row[t] = x.codes + size_t(first + t) * size_t(x.k);
+        token[t] = x.codes + size_t(first + t) * size_t(x.k);
         total[t][0] = total[t][1] = vdupq_n_f32(0.0f);
     }
     const int32_t *offsets = x.offsets + size_t(first) * size_t(w.groups());
@@ -142,7 +142,7 @@ PF_DOTPROD void int4_dot(const Matrix &w, const uint8_t *panel, int half, const 
         for (int b = 0; b < 4; b += 2) {
             int8x16_t four[T];
 #pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) four[t] = vld1q_s8(row[t] + g * kGroup + b * 8);
+            for (int t = 0; t < T; ++t) four[t] = vld1q_s8(token[t] + g * kGroup + b * 8);
 #pragma GCC unroll 2
             for (int i = 0; i < 2; ++i) {
                 const uint8_t *at = codes + (b + i) * 64;
@@ -171,10 +171,10 @@ PF_DOTPROD void int4_dot(const Matrix &w, const uint8_t *panel, int half, const 
 }
 
 template <int T>
-PF_DOTPROD void int8_dot(const Matrix &w, const uint8_t *panel, int half, const Rows &x, int first, float *y, size_t stride,
+PF_DOTPROD void int8_dot(const Matrix &w, const uint8_t *panel, int row, const Rows &x, int first, float *y, size_t stride,
                          int rows) {
-    const int8_t *codes = reinterpret_cast<const int8_t *>(panel + w.scale_bytes()) + half * 32;
-    const float *scales = reinterpret_cast<const float *>(panel) + half * 8;
+    const int8_t *codes = reinterpret_cast<const int8_t *>(panel + w.scale_bytes()) + row * 4;
+    const float *scales = reinterpret_cast<const float *>(panel) + row;
     int32x4_t acc[T][2];
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = vdupq_n_s32(0);
@@ -204,8 +204,9 @@ PF_DOTPROD void int8_dot(const Matrix &w, const uint8_t *panel, int half, const 
     }
 }
 
-constexpr Tile kInt4Dot[kTile] = {int4_dot<1>, int4_dot<2>, int4_dot<3>, int4_dot<4>};
-constexpr Tile kInt8Dot[kTile] = {int8_dot<1>, int8_dot<2>, int8_dot<3>, int8_dot<4>};
+// 4 tokens by 8 rows: integers, floats and operands fit 32 registers.
+constexpr TileShape kInt4Dot[] = {{int4_dot<1>, 8}, {int4_dot<2>, 8}, {int4_dot<3>, 8}, {int4_dot<4>, 8}};
+constexpr TileShape kInt8Dot[] = {{int8_dot<1>, 8}, {int8_dot<2>, 8}, {int8_dot<3>, 8}, {int8_dot<4>, 8}};
 
 void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride) {
     if (x.count == 1) vector_all(w, x, begin, end, y);

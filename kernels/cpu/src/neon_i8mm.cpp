@@ -7,7 +7,9 @@
 namespace pf {
 namespace {
 
-// Tiles of 4 tokens, the last one of what is left: [k / 8][tokens of the tile][8]. The instruction sums over 8 columns in
+constexpr int kTile = 8;
+
+// Tiles of 8 tokens, the last one of what is left: [k / 8][tokens of the tile][8]. The instruction sums over 8 columns in
 // whatever order both operands have them. Of each 16 columns the first eight here are 0-3 and 8-11 and the others 4-7 and 12-15,
 // for then the weights need one `zip` a register, before their nibbles are taken apart.
 void pack(Rows &x, int first, int last) {
@@ -39,9 +41,9 @@ template <int T> int8x16_t token_pair(const int8_t *eight, int pair) {
 
 template <int T> int32x4_t offset_pair(const int32_t *offsets, int pair) {
     if (2 * pair + 1 >= T) return vld1q_dup_s32(offsets + pair * 2);
-    if (T == 4) {
-        int32x4_t four = vld1q_s32(offsets);
-        return pair == 0 ? vzip1q_s32(four, four) : vzip2q_s32(four, four);
+    if (pair / 2 * 4 + 4 <= T) {
+        int32x4_t four = vld1q_s32(offsets + pair / 2 * 4);
+        return pair % 2 == 0 ? vzip1q_s32(four, four) : vzip2q_s32(four, four);
     }
     int32x2_t two = vld1_s32(offsets + pair * 2);
     return vcombine_s32(vdup_lane_s32(two, 0), vdup_lane_s32(two, 1));
@@ -64,60 +66,68 @@ inline uint8x16_t zip(uint8x16_t a, uint8x16_t b, int high) {
     return vreinterpretq_u8_u32(high == 0 ? vzip1q_u32(x, y) : vzip2q_u32(x, y));
 }
 
+// Pairs of rows of a tile: 8 tokens by 4 rows take each weight apart once for eight tokens; of few tokens 8 rows fill the
+// registers better. Either way 8 accumulators of integers, 8 of floats and the operands fit 32 registers.
+template <int T> constexpr int kPairs = T > 4 ? 2 : 4;
+template <int T> using Floats32 = float32x4_t[(T + 1) / 2][kPairs<T>];
+
 template <int T>
-__attribute__((always_inline)) inline void store_tile(float32x4_t (&total)[(T + 1) / 2][4], const float *scales, float *y, size_t stride, int rows) {
-#pragma GCC unroll 4
+__attribute__((always_inline)) inline void store_tile(Floats32<T> &total, const float *scales, float *y, size_t stride, int rows) {
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-        float32x4_t first = token_rows(total[t / 2][0], total[t / 2][1], t % 2);
-        float32x4_t second = token_rows(total[t / 2][2], total[t / 2][3], t % 2);
-        store_rows(y + size_t(t) * stride, vmulq_n_f32(first, scales[t]), rows);
-        store_rows(y + size_t(t) * stride + 4, vmulq_n_f32(second, scales[t]), rows - 4);
+#pragma GCC unroll 2
+        for (int r = 0; r < kPairs<T>; r += 2) {
+            float32x4_t four = token_rows(total[t / 2][r], total[t / 2][r + 1], t % 2);
+            store_rows(y + size_t(t) * stride + 2 * r, vmulq_n_f32(four, scales[t]), rows - 2 * r);
+        }
     }
 }
 
 template <int T>
-PF_I8MM void int4_tile(const Matrix &w, const uint8_t *panel, int half, const Rows &x, int first, float *y, size_t stride, int rows) {
-    constexpr int P = (T + 1) / 2;
-    const uint8_t *codes = panel + w.scale_bytes() + half * 32;
-    const uint16_t *scales = reinterpret_cast<const uint16_t *>(panel) + half * 8;
+PF_I8MM void int4_tile(const Matrix &w, const uint8_t *panel, int row, const Rows &x, int first, float *y, size_t stride, int rows) {
+    constexpr int P = (T + 1) / 2, R = kPairs<T>;
+    const uint8_t *codes = panel + w.scale_bytes() + row * 4;
+    const uint16_t *scales = reinterpret_cast<const uint16_t *>(panel) + row;
     const int8_t *tokens = x.packed + size_t(first) * size_t(x.k);
     const int32_t *offsets = x.packed_offsets + size_t(first) * size_t(w.groups());
-    float32x4_t total[P][4];
+    Floats32<T> total;
 #pragma GCC unroll 8
-    for (int i = 0; i < P * 4; ++i) total[i / 4][i % 4] = vdupq_n_f32(0.0f);
+    for (int i = 0; i < P * R; ++i) total[i / R][i % R] = vdupq_n_f32(0.0f);
     for (int g = 0, groups = w.groups(); g < groups; ++g) {
-        int32x4_t acc[P][4];
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) acc[p][0] = acc[p][1] = acc[p][2] = acc[p][3] = offset_pair<T>(offsets, p);
+        int32x4_t acc[P][R];
+#pragma GCC unroll 8
+        for (int i = 0; i < P * R; ++i) acc[i / R][i % R] = offset_pair<T>(offsets, i / R);
 #pragma GCC unroll 2
         for (int b = 0; b < 4; b += 2) {
             int8x16_t x0[P], x1[P];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < P; ++p) {
                 x0[p] = token_pair<T>(tokens + b * 8 * T, p);
                 x1[p] = token_pair<T>(tokens + (b + 1) * 8 * T, p);
             }
-            uint8x16_t both[4];
+            uint8x16_t both[R];
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) {  // two rows
+            for (int r = 0; r < R; ++r) {  // two rows
                 const uint8_t *at = codes + b * 64 + r / 2 * 16;
                 both[r] = zip(vld1q_u8(at), vld1q_u8(at + 64), r % 2);
             }
-            int8x16_t low[4], high[4];
+            int8x16_t low[R], high[R];
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) low[r] = low_nibbles(both[r]);
+            for (int r = 0; r < R; ++r) low[r] = low_nibbles(both[r]);
 #pragma GCC unroll 8
-            for (int i = 0; i < 4 * P; ++i) acc[i % P][i / P] = vmmlaq_s32(acc[i % P][i / P], x0[i % P], low[i / P]);
+            for (int i = 0; i < R * P; ++i) acc[i % P][i / P] = vmmlaq_s32(acc[i % P][i / P], x0[i % P], low[i / P]);
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) high[r] = high_nibbles(both[r]);
+            for (int r = 0; r < R; ++r) high[r] = high_nibbles(both[r]);
 #pragma GCC unroll 8
-            for (int i = 0; i < 4 * P; ++i) acc[i % P][i / P] = vmmlaq_s32(acc[i % P][i / P], x1[i % P], high[i / P]);
+            for (int i = 0; i < R * P; ++i) acc[i % P][i / P] = vmmlaq_s32(acc[i % P][i / P], x1[i % P], high[i / P]);
         }
-        float32x4_t four[2] = {Lanes::half4(scales), Lanes::half4(scales + 4)};
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-            float32x4_t scale = row_pair(four[r / 2], r % 2);
+        float32x4_t four[R / 2];
 #pragma GCC unroll 2
+        for (int r = 0; r < R / 2; ++r) four[r] = Lanes::half4(scales + 4 * r);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            float32x4_t scale = row_pair(four[r / 2], r % 2);
+#pragma GCC unroll 4
             for (int p = 0; p < P; ++p) total[p][r] = vfmaq_f32(total[p][r], vcvtq_f32_s32(acc[p][r]), scale);
         }
         codes += 256;
@@ -129,40 +139,44 @@ PF_I8MM void int4_tile(const Matrix &w, const uint8_t *panel, int half, const Ro
 }
 
 template <int T>
-PF_I8MM void int8_tile(const Matrix &w, const uint8_t *panel, int half, const Rows &x, int first, float *y, size_t stride, int rows) {
-    constexpr int P = (T + 1) / 2;
-    const uint8_t *codes = panel + w.scale_bytes() + half * 32;
-    const float *scales = reinterpret_cast<const float *>(panel) + half * 8;
+PF_I8MM void int8_tile(const Matrix &w, const uint8_t *panel, int row, const Rows &x, int first, float *y, size_t stride, int rows) {
+    constexpr int P = (T + 1) / 2, R = kPairs<T>;
+    const uint8_t *codes = panel + w.scale_bytes() + row * 4;
+    const float *scales = reinterpret_cast<const float *>(panel) + row;
     const int8_t *tokens = x.packed + size_t(first) * size_t(x.k);
-    int32x4_t acc[P][4];
+    int32x4_t acc[P][R];
 #pragma GCC unroll 8
-    for (int i = 0; i < P * 4; ++i) acc[i / 4][i % 4] = vdupq_n_s32(0);
+    for (int i = 0; i < P * R; ++i) acc[i / R][i % R] = vdupq_n_s32(0);
     for (int i = 0; i < w.k; i += 16, codes += 256, tokens += 16 * T) {
 #pragma GCC unroll 2
         for (int b = 0; b < 2; ++b) {  // columns 0-3 and 8-11, then 4-7 and 12-15
-            int8x16_t two[4], eight[P];
+            int8x16_t two[R], eight[P];
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) {
+            for (int r = 0; r < R; ++r) {
                 const uint8_t *at = codes + b * 64 + r / 2 * 16;
                 two[r] = vreinterpretq_s8_u8(zip(vld1q_u8(at), vld1q_u8(at + 128), r % 2));
             }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < P; ++p) eight[p] = token_pair<T>(tokens + b * 8 * T, p);
 #pragma GCC unroll 8
-            for (int j = 0; j < 4 * P; ++j) acc[j % P][j / P] = vmmlaq_s32(acc[j % P][j / P], eight[j % P], two[j / P]);
+            for (int j = 0; j < R * P; ++j) acc[j % P][j / P] = vmmlaq_s32(acc[j % P][j / P], eight[j % P], two[j / P]);
         }
     }
-    float32x4_t total[P][4];
+    Floats32<T> total;
 #pragma GCC unroll 8
-    for (int i = 0; i < P * 4; ++i) {
-        float32x4_t scale = row_pair(vld1q_f32(scales + i % 4 / 2 * 4), i % 2);
-        total[i / 4][i % 4] = vmulq_f32(vcvtq_f32_s32(acc[i / 4][i % 4]), scale);
+    for (int i = 0; i < P * R; ++i) {
+        float32x4_t scale = row_pair(vld1q_f32(scales + i % R / 2 * 4), i % 2);
+        total[i / R][i % R] = vmulq_f32(vcvtq_f32_s32(acc[i / R][i % R]), scale);
     }
     store_tile<T>(total, x.scales + first, y, stride, rows);
 }
 
-constexpr Tile kInt4[kTile] = {int4_tile<1>, int4_tile<2>, int4_tile<3>, int4_tile<4>};
-constexpr Tile kInt8[kTile] = {int8_tile<1>, int8_tile<2>, int8_tile<3>, int8_tile<4>};
+template <int T> constexpr TileShape kInt4Shape = {int4_tile<T>, 2 * kPairs<T>};
+template <int T> constexpr TileShape kInt8Shape = {int8_tile<T>, 2 * kPairs<T>};
+constexpr TileShape kInt4[kTile] = {kInt4Shape<1>, kInt4Shape<2>, kInt4Shape<3>, kInt4Shape<4>,
+                                    kInt4Shape<5>, kInt4Shape<6>, kInt4Shape<7>, kInt4Shape<8>};
+constexpr TileShape kInt8[kTile] = {kInt8Shape<1>, kInt8Shape<2>, kInt8Shape<3>, kInt8Shape<4>,
+                                    kInt8Shape<5>, kInt8Shape<6>, kInt8Shape<7>, kInt8Shape<8>};
 
 void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride) {
     if (x.count == 1) kNeonDotOps.multiply(w, x, begin, end, y, stride);

@@ -103,8 +103,6 @@ struct Lanes {
 
 // ---- what the products of both variants share -------------------------------------------------------------------
 
-constexpr int kTile = 4;  // tokens of a tile; by 8 rows, so that integers, floats and operands fit 32 registers
-
 inline int8x16_t low_nibbles(uint8x16_t both) { return vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))); }
 inline int8x16_t high_nibbles(uint8x16_t both) { return vreinterpretq_s8_u8(vshrq_n_u8(both, 4)); }
 
@@ -118,16 +116,22 @@ inline void store_rows(float *y, float32x4_t value, int rows) {
     }
 }
 
-// Computes tokens first.. of x by the 8 rows of `half` of a panel. `rows`: how many of the 8 there are.
-using Tile = void (*)(const Matrix &w, const uint8_t *panel, int half, const Rows &x, int first, float *y, size_t stride, int rows);
+// Computes tokens first.. of x by the panel's rows `row`, `row` + 1 .. `rows`: how many of them there are.
+using Tile = void (*)(const Matrix &w, const uint8_t *panel, int row, const Rows &x, int first, float *y, size_t stride, int rows);
 
-// kernels[T - 1] takes T tokens. Panels outside, so that one stays in the first cache for all tokens.
-inline void multiply_tiles(const Tile *kernels, const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride) {
+struct TileShape {
+    Tile run;
+    int rows;  // at once
+};
+
+// kernels[T - 1] takes T tokens, up to kTokens. Panels outside, so that one stays in the first cache for all tokens.
+template <int kTokens>
+void multiply_tiles(const TileShape (&kernels)[kTokens], const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride) {
     for (int p = begin; p < end; ++p) {
-        for (int t = 0; t < x.count; t += kTile) {
-            Tile tile = kernels[smaller(kTile, x.count - t) - 1];
-            for (int at = p * kPanel; at < smaller((p + 1) * kPanel, w.rows); at += 8) {
-                tile(w, w.panel(p), at / 8 % 2, x, t, y + at + size_t(t) * stride, stride, w.rows - at);
+        for (int t = 0; t < x.count; t += kTokens) {
+            TileShape tile = kernels[smaller(kTokens, x.count - t) - 1];
+            for (int at = p * kPanel; at < smaller((p + 1) * kPanel, w.rows); at += tile.rows) {
+                tile.run(w, w.panel(p), at % kPanel, x, t, y + at + size_t(t) * stride, stride, w.rows - at);
             }
         }
     }
