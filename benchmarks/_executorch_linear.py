@@ -1,8 +1,8 @@
-"""ExecuTorch's XNNPACK on one matrix, one thread: `_executorch_linear.py FOLDER COUNT REPEATS`, in the peer's environment.
+"""ExecuTorch's XNNPACK on one matrix, one thread: `_executorch_linear.py FOLDER COUNT REPEATS`.
 
-FOLDER has matrix.npz and x_COUNT.npy (`linear.py`). A linear layer of torchao's INT4 tensor, groups of 32, with INT8
-activations, one scale and zero point a token, is lowered to a program once and kept in FOLDER. Activations are read where
-they lie and the result is not copied out, which is its fastest way. Writes y_COUNT.npy; prints {"seconds": [...],
+Runs in the peer's environment. FOLDER has matrix.npz and x_COUNT.npy (`linear.py`). A linear layer of torchao's INT4
+tensor, groups of 32, with INT8 activations, one scale and zero point a token, is lowered to a program once and kept in
+FOLDER. Activations are read where they lie and the result is not copied out, which is its fastest way. Writes y_COUNT.npy; prints {"seconds": [...],
 "call": [...]}, the latter of a program that hands back one number.
 """
 
@@ -34,7 +34,8 @@ def main() -> None:
         sys.exit(f"ExecuTorch has {threads} threads after being asked for one")
     product, nothing = (runtime._load_for_executorch(str(path)) for path in programs.values())
     np.save(folder / f"y_{count}.npy", product.forward([x])[0].numpy())
-    sys.stdout.write("\n" + json.dumps({"seconds": timed(product, x, repeats), "call": timed(nothing, x, repeats)}) + "\n")
+    found = {"seconds": timed(product, x, repeats), "call": timed(nothing, x, repeats)}
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 
 class Nothing(nn.Module):

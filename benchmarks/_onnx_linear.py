@@ -1,7 +1,8 @@
-"""ONNX Runtime's MatMulNBits on one matrix, one thread: `_onnx_linear.py FOLDER COUNT REPEATS`, in the peer's environment.
+"""ONNX Runtime's MatMulNBits on one matrix, one thread: `_onnx_linear.py FOLDER COUNT REPEATS`.
 
-FOLDER has matrix.npz and x_COUNT.npy (`linear.py`). INT4 in blocks of 32, `accuracy_level` 4: activations rounded to INT8,
-its fastest way. Writes y_COUNT.npy; prints {"seconds": [...], "call": [...]}, the latter of a graph that hands back one number.
+Runs in the peer's environment. FOLDER has matrix.npz and x_COUNT.npy (`linear.py`). INT4 in blocks of 32,
+`accuracy_level` 4: activations rounded to INT8, its fastest way. Writes y_COUNT.npy; prints {"seconds": [...],
+"call": [...]}, the latter of a graph that hands back one number.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def main() -> None:
     )  # fmt: skip
     nothing = session(
         helper.make_node("Slice", ["x", "from", "to"], ["y"]), x.shape, (1, 1),
-        helper.make_tensor("from", TensorProto.INT64, [2], [0, 0]), helper.make_tensor("to", TensorProto.INT64, [2], [1, 1]),
+        helper.make_tensor("from", TensorProto.INT64, [2], [0, 0]),
+        helper.make_tensor("to", TensorProto.INT64, [2], [1, 1]),
     )  # fmt: skip
     np.save(folder / f"y_{count}.npy", product.run(None, {"x": x})[0])
     sys.stdout.write(json.dumps({"seconds": timed(product, x, repeats), "call": timed(nothing, x, repeats)}) + "\n")
@@ -46,7 +48,8 @@ def session(node: Any, shape: tuple[int, ...], result: tuple[int, ...], *constan
         [node], "linear", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, result)], list(constants),
     )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)])
+    versions = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=versions)
     model.ir_version = 9
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
