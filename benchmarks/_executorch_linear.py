@@ -2,8 +2,8 @@
 
 Runs in the peer's environment. FOLDER has matrix.npz and x_COUNT.npy (`linear.py`). A linear layer of torchao's INT4
 tensor, groups of 32, with INT8 activations, one scale and zero point a token, is lowered to a program once and kept in
-FOLDER. Activations are read where they lie and the result is not copied out, which is its fastest way. Writes y_COUNT.npy; prints {"seconds": [...],
-"call": [...]}, the latter of a program that hands back one number.
+FOLDER. Activations are read where they lie and the result is not copied out, which is its fastest way. Writes
+y_COUNT.npy; prints {"seconds": [...], "call": [...]}, the latter of a program that hands back one number.
 """
 
 from __future__ import annotations
