@@ -25,9 +25,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(UV_INSTALL) --editable '.[dev]'
 	@touch $@
 
-# llama.cpp is compiled from source: minutes the first time.
+# llama.cpp is compiled from source: minutes the first time. A package that does not import fails here, not as a skipped test.
 $(VENV)/.ready-interop: $(VENV)/.ready-dev
 	$(UV_INSTALL) --editable '.[interop]'
+	$(BIN)/python -W ignore -c 'import executorch.runtime, gguf, llama_cpp, onnx, onnxruntime'
 	@touch $@
 
 setup: $(VENV)/.ready

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def write_executorch_model(
     length = min(model.config.max_positions, MAX_PROMPT)
     example = torch.zeros(1, min(length, 8), dtype=torch.int64)
     dynamic = ({1: torch.export.Dim("length", min=2, max=length)},)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # What torch.export says to itself, dozens of times.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
         program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
         lowered = to_edge_transform_and_lower(
             program, partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()],
