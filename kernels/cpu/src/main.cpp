@@ -1,4 +1,5 @@
 // pocketforge-run: measures a packed model, or continues token ids. Prints one JSON object; needs nothing but the model.
+#include <errno.h>
 #include <sys/resource.h>
 #include <time.h>
 
@@ -8,9 +9,10 @@ namespace {
 
 struct Options {
     const char *model = nullptr, *ids = nullptr, *kv = "f16";
-    int prompt = 128, decode = 32, threads = 1, repeats = 5, batch = 0, context = 0, verify = 0;
-    long bandwidth_mib = 256;
+    int prompt = 128, decode = 32, threads = 1, repeats = 5, batch = 0, context = 0, verify = 0, bandwidth_mib = 256;
 };
+
+constexpr int kMostTokens = 100000000;
 
 const char kUsage[] =
     "usage: pocketforge-run MODEL [--prompt-tokens N] [--decode-tokens N] [--threads N] [--repeats N]\n"
@@ -28,38 +30,72 @@ int fail(const char *text) {
     return 2;
 }
 
-bool parse(int argc, char **argv, Options *options) {
+// What was printed has arrived, or the status says that it has not.
+int flushed() {
+    if (fflush(stdout) == 0 && ferror(stdout) == 0) return 0;
+    fprintf(stderr, "error: standard output: %s\n", strerror(errno));
+    return 1;
+}
+
+// A whole number from 0 to `most`, ended by `end` or the end of the text.
+bool whole(const char *text, long most, char end, long *value, const char **after) {
+    char *stop = nullptr;
+    errno = 0;
+    *value = strtol(text, &stop, 10);
+    *after = stop;
+    return *text >= '0' && *text <= '9' && errno == 0 && *value <= most && (*stop == '\0' || *stop == end);
+}
+
+// 0, or the exit status of what is wrong.
+int parse(int argc, char **argv, Options *options) {
+    char text[160];
     for (int i = 1; i < argc; ++i) {
         const char *name = argv[i];
         if (strncmp(name, "--", 2) != 0) {
-            if (options->model != nullptr) return false;
+            if (options->model != nullptr) {
+                snprintf(text, sizeof text, "%.60s: a second model; expected options after the first", name);
+                return fail(text);
+            }
             options->model = name;
             continue;
         }
-        if (++i >= argc) return false;
-        struct { const char *name; int *value; } numbers[] = {
-            {"--prompt-tokens", &options->prompt}, {"--decode-tokens", &options->decode}, {"--threads", &options->threads},
-            {"--repeats", &options->repeats}, {"--batch", &options->batch}, {"--context", &options->context},
-            {"--verify", &options->verify},
+        const struct { const char *name; int *value; int least, most; } numbers[] = {
+            {"--prompt-tokens", &options->prompt, 1, kMostTokens}, {"--decode-tokens", &options->decode, 1, kMostTokens},
+            {"--threads", &options->threads, 0, kMostTokens},      {"--repeats", &options->repeats, 1, 1000000},
+            {"--batch", &options->batch, 0, kMostTokens},          {"--context", &options->context, 0, kMostTokens},
+            {"--verify", &options->verify, 0, 1},                  {"--bandwidth-mib", &options->bandwidth_mib, 0, 65536},
         };
+        const struct { const char *name; const char **value; } texts[] = {{"--ids", &options->ids}, {"--kv", &options->kv}};
+        const char *value = i + 1 < argc ? argv[i + 1] : nullptr;
         bool known = false;
-        for (auto &number : numbers) {
+        for (const auto &number : numbers) {
             if (strcmp(name, number.name) != 0) continue;
-            char *end = nullptr;
-            long value = strtol(argv[i], &end, 10);
-            if (end == argv[i] || *end != '\0' || value < 0 || value > 100000000) return false;
-            *number.value = int(value);
+            long found = 0;
+            const char *after = nullptr;
+            if (value == nullptr || !whole(value, number.most, '\0', &found, &after) || found < number.least) {
+                snprintf(text, sizeof text, "%s %.60s: expected a whole number from %d to %d", name, value == nullptr ? "" : value,
+                         number.least, number.most);
+                return fail(text);
+            }
+            *number.value = int(found);
             known = true;
         }
-        if (strcmp(name, "--bandwidth-mib") == 0) {
-            options->bandwidth_mib = strtol(argv[i], nullptr, 10);
-            known = options->bandwidth_mib >= 0 && options->bandwidth_mib <= 65536;
+        for (const auto &one : texts) {
+            if (strcmp(name, one.name) != 0) continue;
+            if (value == nullptr) {
+                snprintf(text, sizeof text, "%s: its value is missing", name);
+                return fail(text);
+            }
+            *one.value = value;
+            known = true;
         }
-        if (strcmp(name, "--ids") == 0) options->ids = argv[i], known = true;
-        if (strcmp(name, "--kv") == 0) options->kv = argv[i], known = true;
-        if (!known) return false;
+        if (!known) {
+            snprintf(text, sizeof text, "%.60s: no such option; pocketforge-run --help lists them", name);
+            return fail(text);
+        }
+        ++i;
     }
-    return options->model != nullptr && options->repeats >= 1;
+    return options->model != nullptr ? 0 : fail("MODEL is missing; pocketforge-run --help says how it is called");
 }
 
 // The text of a run: "[1.5, 2.5]".
@@ -105,17 +141,23 @@ int64_t peak_bytes() {
     return int64_t(usage.ru_maxrss) * 1024;
 }
 
-int continue_ids(pf_session *session, const pf_model_info &info, const Options &options, char *error, size_t size) {
+int continue_ids(pf_session *session, const pf_model_info &info, int context, const Options &options, char *error, size_t size) {
     pf::Buffer<int32_t> ids;
     pf::Buffer<float> logits;
     size_t most = strlen(options.ids) / 2 + 1;
     if (!ids.allocate(most) || !logits.allocate(size_t(info.vocab_size))) return fail("no memory");
     int count = 0;
-    for (const char *p = options.ids; *p != '\0';) {
-        char *end = nullptr;
-        ids[size_t(count++)] = int32_t(strtol(p, &end, 10));
-        if (end == p || (*end != ',' && *end != '\0')) return fail("--ids: expected whole numbers with commas between");
-        p = *end == ',' ? end + 1 : end;
+    for (const char *p = options.ids;; ++p) {
+        long id = 0;
+        if (!whole(p, INT32_MAX, ',', &id, &p)) return fail("--ids: expected ids of the vocabulary with commas between");
+        ids[size_t(count++)] = int32_t(id);
+        if (*p == '\0') break;
+    }
+    int room = context - count;
+    if (options.decode - 1 > room) {
+        char text[160];
+        snprintf(text, sizeof text, "%d ids and %d that follow do not fit the context of %d", count, options.decode, count + room);
+        return fail(text);
     }
     if (pf_session_eval(session, ids.data(), count, 0, logits.data(), error, size) != PF_OK) return fail(error);
     printf("{\"ids\":[");
@@ -134,10 +176,11 @@ int continue_ids(pf_session *session, const pf_model_info &info, const Options &
 
 int main(int argc, char **argv) {
     Options options;
-    if (!parse(argc, argv, &options)) {
-        fputs(kUsage, stderr);
-        return 2;
+    if (argc == 2 && strcmp(argv[1], "--help") == 0) {
+        fputs(kUsage, stdout);
+        return flushed();
     }
+    if (int status = parse(argc, argv, &options)) return status;
     char error[512];
     pf_model *model = nullptr;
     pf_session *session = nullptr;
@@ -153,11 +196,11 @@ int main(int argc, char **argv) {
                                    options.batch};
     if (pf_session_create(model, &settings, &session, error, sizeof error) != PF_OK) return fail(error);
     if (options.ids != nullptr) {
-        int status = continue_ids(session, info, options, error, sizeof error);
-        if (status == 0) printf(",\"isa\":\"%s\",\"threads\":%d}\n", pf_model_isa(model), options.threads);
-        return status;
+        int status = continue_ids(session, info, settings.context, options, error, sizeof error);
+        if (status != 0) return status;
+        printf(",\"isa\":\"%s\",\"threads\":%d}\n", pf_model_isa(model), options.threads);
+        return flushed();
     }
-    if (options.prompt < 1 || options.decode < 1) return fail("--prompt-tokens and --decode-tokens must be at least 1");
 
     pf::Buffer<int32_t> tokens;
     pf::Buffer<float> logits;
@@ -237,5 +280,5 @@ int main(int argc, char **argv) {
     printf("}}\n");
     pf_session_free(session);
     pf_model_close(model);
-    return 0;
+    return flushed();
 }

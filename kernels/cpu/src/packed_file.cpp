@@ -17,7 +17,7 @@ PackedFile::~PackedFile() {
 }
 
 pf_status PackedFile::open(const char *path, bool verify, const Error &error) {
-    int file = ::open(path, O_RDONLY | O_CLOEXEC);
+    int file = ::open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe that nobody writes to must not hold us up
     if (file < 0) return error.set(PF_IO, "%s: %s", path, strerror(errno));
     struct stat about;
     if (fstat(file, &about) != 0 || !S_ISREG(about.st_mode)) {
