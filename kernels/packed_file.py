@@ -130,17 +130,31 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             if version != VERSION or offset + size > min(file_bytes, os.fstat(file.fileno()).st_size):
                 raise PackedFileError(f"{path}: version {version} or a damaged header; expected version {VERSION}")
             file.seek(offset)
-            return json.loads(file.read(size))
+            return document(file.read(size))
     except (OSError, ValueError) as error:
         if isinstance(error, PackedFileError):
             raise
         raise PackedFileError(f"{path}: cannot be read ({error})") from None
 
 
+def document(text: bytes) -> dict[str, Any]:
+    """A file's JSON. The C++ loader passes over strings that are no UTF-8 and numbers of any length. Raises ValueError."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("its metadata is no JSON object")
+    return found
+
+
 def is_packed(path: str | Path) -> bool:
-    """Whether a file starts as a packed model does."""
+    """Whether a file starts as a packed model does. Raises PackedFileError for one that cannot be read."""
     path = Path(path)
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(8) == MAGIC
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(8) == MAGIC
+    except OSError as error:
+        raise PackedFileError(f"{path}: cannot be read ({error.strerror})") from None

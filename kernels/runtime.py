@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
+import threading
+import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
@@ -14,6 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kernels.packed_file import document
 
 KvType = Literal["f32", "f16", "int8"]
 KV_TYPES: tuple[KvType, ...] = ("f32", "f16", "int8")
@@ -145,7 +148,7 @@ class _Failure:
 
 
 class PackedModel:
-    """A mapped packed file. Close it, or use it as a context."""
+    """A mapped packed file. Close it, or use it as a context; its sessions close with it."""
 
     def __init__(self, path: str | Path, isa: str | None = None, *, verify: bool = True) -> None:
         """`isa` forces a kernel variant by name; `verify` compares every tensor's checksum first."""
@@ -162,29 +165,44 @@ class PackedModel:
         self.info = _Info()
         lib.pf_model_get_info(self._handle, byref(self.info))
         self.isa: str = lib.pf_model_isa(self._handle).decode()
+        self._lock = threading.RLock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     def metadata(self) -> dict[str, Any]:
         """The file's JSON."""
         size = c_size_t()
-        address = library().pf_model_metadata(self._handle, byref(size))
-        return json.loads(ctypes.string_at(address, size.value))
+        with self._lock:
+            address = library().pf_model_metadata(_open(self._handle, "model"), byref(size))
+            text = ctypes.string_at(address, size.value)
+        try:
+            return document(text)
+        except ValueError as error:
+            raise PackedModelError(f"{self.path}: metadata: {error}; export it again") from None
 
     def tensor(self, name: str) -> bytes:
         """A copy of one tensor's bytes. Raises KeyError."""
         size = c_size_t()
-        address = library().pf_model_tensor(self._handle, name.encode(), byref(size))
-        if not address:
-            raise KeyError(name)
-        return ctypes.string_at(address, size.value)
+        with self._lock:
+            address = library().pf_model_tensor(_open(self._handle, "model"), name.encode(), byref(size))
+            if not address:
+                raise KeyError(name)
+            return ctypes.string_at(address, size.value)
 
     def session(self, context: int | None = None, *, threads: int = 1, kv: KvType = "f16", batch: int = 0) -> Session:
         """A new sequence. `context` is the most tokens it can hold (default: the model's longest)."""
-        return Session(self, context or self.info.max_positions, threads, kv, batch)
+        with self._lock:
+            made = Session(self, self.info.max_positions if context is None else context, threads, kv, batch)
+            self._sessions.add(made)
+        return made
 
     def close(self) -> None:
-        if self._handle:
-            library().pf_model_close(self._handle)
-            self._handle = c_void_p()
+        """Unmap the file, after its sessions have finished what they compute."""
+        with self._lock:
+            for session in list(self._sessions):
+                session.close()
+            if self._handle:
+                library().pf_model_close(self._handle)
+                self._handle = c_void_p()
 
     def __enter__(self) -> PackedModel:
         return self
@@ -193,66 +211,99 @@ class PackedModel:
         self.close()
 
 
+def _open(handle: c_void_p, what: str) -> c_void_p:
+    if not handle:
+        raise PackedModelError(f"the {what} is closed; open it again")
+    return handle
+
+
+def _token_ids(values: Sequence[int] | NDArray[Any], what: str) -> NDArray[np.int32]:
+    """Whole numbers in one row, as the library reads them: an array's steps, width and sign do not reach it."""
+    found = np.asarray(values)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise PackedModelError(f"{what} of shape {list(found.shape)} and type {found.dtype}; expected a row of whole numbers")
+    limits = np.iinfo(np.int32)
+    if found.size and not limits.min <= int(found.min()) <= int(found.max()) <= limits.max:
+        raise PackedModelError(f"{what} from {found.min()} to {found.max()}; expected ids of the vocabulary")
+    return np.ascontiguousarray(found, np.int32)
+
+
 class Session:
-    """One sequence of tokens on a model, with its key/value cache. Keeps the model open."""
+    """One sequence of tokens on a model, with its key/value cache. Calls from several threads take turns."""
 
     def __init__(self, model: PackedModel, context: int, threads: int, kv: KvType, batch: int) -> None:
         self.model = model
+        self._lock = threading.Lock()
         self._handle = c_void_p()
         failure = _Failure()
         if kv not in KV_TYPES:
             raise PackedModelError(f"kv {kv!r}; expected one of {', '.join(KV_TYPES)}")
+        for name, value in (("context", context), ("threads", threads), ("batch", batch)):
+            if not -(2**31) <= value < 2**31:  # ctypes would keep its low bits
+                raise PackedModelError(f"{name}={value} is far out of range")
         options = _Options(context, threads, KV_TYPES.index(kv), batch)
-        failure.check(library().pf_session_create(model._handle, byref(options), byref(self._handle), failure.text, 512))
+        handle = _open(model._handle, "model")
+        failure.check(library().pf_session_create(handle, byref(options), byref(self._handle), failure.text, 512))
 
-    def eval(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
+    def eval(self, tokens: Sequence[int] | NDArray[Any], *, all_logits: bool = False) -> NDArray[np.float32]:
         """Add tokens; logits of the last one [V], or of all [len(tokens), V]."""
-        ids = np.asarray(tokens, np.int32)
+        ids = _token_ids(tokens, "tokens")
         vocabulary = self.model.info.vocab_size
         logits = np.empty((len(ids), vocabulary) if all_logits else (vocabulary,), np.float32)
         failure = _Failure()
-        failure.check(library().pf_session_eval(
-            self._handle, ids.ctypes.data, len(ids), int(all_logits), logits.ctypes.data, failure.text, 512
-        ))  # fmt: skip
+        with self._lock:
+            failure.check(library().pf_session_eval(
+                self._opened(), ids.ctypes.data, len(ids), int(all_logits), logits.ctypes.data, failure.text, 512
+            ))  # fmt: skip
         return logits
 
-    def nll(self, tokens: Sequence[int], labels: Sequence[int]) -> NDArray[np.float32]:
+    def nll(self, tokens: Sequence[int] | NDArray[Any], labels: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
         """Add tokens; the negative log-likelihood of each one's label in nats, 0 where the label is -100."""
-        ids, targets = np.asarray(tokens, np.int32), np.asarray(labels, np.int32)
+        ids, targets = _token_ids(tokens, "tokens"), _token_ids(labels, "labels")
         if ids.shape != targets.shape:
             raise PackedModelError(f"{len(ids)} tokens and {len(targets)} labels; expected as many")
         result = np.empty(len(ids), np.float32)
         failure = _Failure()
-        failure.check(library().pf_session_nll(
-            self._handle, ids.ctypes.data, targets.ctypes.data, len(ids), result.ctypes.data, failure.text, 512
-        ))  # fmt: skip
+        with self._lock:
+            failure.check(library().pf_session_nll(
+                self._opened(), ids.ctypes.data, targets.ctypes.data, len(ids), result.ctypes.data, failure.text, 512
+            ))  # fmt: skip
         return result
+
+    def _opened(self) -> c_void_p:
+        return _open(self._handle, "session")
 
     @property
     def length(self) -> int:
         """Tokens held."""
-        return int(library().pf_session_length(self._handle))
+        with self._lock:
+            return int(library().pf_session_length(self._opened()))
 
     @property
     def kv_bytes(self) -> int:
         """Size of the key/value cache."""
-        return int(library().pf_session_kv_bytes(self._handle))
+        with self._lock:
+            return int(library().pf_session_kv_bytes(self._opened()))
 
     def reset(self) -> None:
         """Forget all tokens."""
-        library().pf_session_reset(self._handle)
+        with self._lock:
+            library().pf_session_reset(self._opened())
 
     def clocks(self, enable: bool = True) -> dict[str, float]:
         """Seconds by operation since the last call, and whether to measure from now on."""
         lib = library()
         seconds = (c_double * lib.pf_operation_count())()
-        lib.pf_session_clocks(self._handle, int(enable), seconds)
+        with self._lock:
+            lib.pf_session_clocks(self._opened(), int(enable), seconds)
         return {lib.pf_operation_name(i).decode(): seconds[i] for i in range(len(seconds))}
 
     def close(self) -> None:
-        if self._handle:
-            library().pf_session_free(self._handle)
-            self._handle = c_void_p()
+        """Free it, after what another thread computes with it."""
+        with self._lock:
+            if self._handle:
+                library().pf_session_free(self._handle)
+                self._handle = c_void_p()
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -268,4 +319,6 @@ class Sampler:
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
         logits = np.ascontiguousarray(logits, np.float32)
+        if logits.ndim != 1 or len(logits) == 0:
+            raise PackedModelError(f"logits of shape {list(logits.shape)}; expected one token's row")
         return int(library().pf_sample(logits.ctypes.data, len(logits), self.temperature, self.top_p, byref(self._state)))

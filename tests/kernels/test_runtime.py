@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 from kernels.packed_layout import unpack_int4
-from kernels.runtime import PackedModel, PackedModelError, Sampler, isas
+from kernels.runtime import PackedModel, PackedModelError, Sampler, executable_path, isas
 from quant.apply import convert
 from tests.helpers.exact_reference import ExactModel
 from tests.helpers.packed_models import CONFIGS, packed
@@ -202,6 +205,68 @@ def test_what_makes_no_sense_is_refused(model_and_path):
         PackedModel(path, "sse2")
     with pytest.raises(PackedModelError, match="No such file"):
         PackedModel(path.with_name("none.pocket"))
+
+
+def test_ids_are_read_as_they_are_meant_or_refused(model_and_path):
+    """What an array holds in memory (steps, width) is not what the library reads: it takes 32-bit ids in a row."""
+    _, path = model_and_path
+    every = np.arange(24, dtype=np.int32)
+    with PackedModel(path) as file:
+        session = file.session()
+        for given in (every[::2], every[::2].astype(np.int64), torch.arange(0, 24, 2)):
+            session.reset()
+            logits = session.eval(given)
+            session.reset()
+            assert np.array_equal(logits, session.eval(list(range(0, 24, 2)))), given
+        session.reset()
+        steps = session.nll(every[::2], every[1::2])
+        session.reset()
+        assert np.array_equal(steps, session.nll(list(range(0, 24, 2)), list(range(1, 24, 2))))
+        for bad in (np.array([2**32 + 1]), [1.5], [[1, 2], [3, 4]], 3, "12", None, [-(2**40)]):
+            with pytest.raises(PackedModelError, match="expected"):
+                session.eval(bad)
+        assert session.length == 12
+        for wrong in ({"context": 0}, {"context": 2**40}, {"threads": 2**32 + 1}):
+            with pytest.raises(PackedModelError, match=next(iter(wrong))):
+                file.session(**wrong)
+        with pytest.raises(PackedModelError, match="one token's row"):
+            Sampler()(np.zeros((2, 3), np.float32))
+
+
+def test_what_is_closed_is_refused_and_a_model_waits_for_its_sessions(model_and_path):
+    _, path = model_and_path
+    model = PackedModel(path)
+    session, other = model.session(), model.session()
+    session.close()
+    uses = [lambda: session.eval([1]), lambda: session.nll([1], [2]), lambda: session.length, session.clocks, session.reset]
+    with ThreadPoolExecutor(4) as threads:
+        futures = [threads.submit(other.eval, prompt(30)) for _ in range(20)]
+        model.close()
+    for future in futures:  # whole, or refused: closed, or (the calls take turns) full
+        assert future.exception() is None or isinstance(future.exception(), PackedModelError)
+    uses += [lambda: other.eval([1]), model.metadata, lambda: model.tensor("norm"), model.session]
+    for use in uses:
+        with pytest.raises(PackedModelError, match="is closed"):
+            use()
+    model.close()
+
+
+def test_the_program_takes_no_number_for_another(model_and_path, tmp_path):
+    _, path = model_and_path
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for arguments, words in (
+        ([str(path), "--ids", "4294967297"], "--ids: expected"), ([str(path), "--ids", "1,"], "--ids: expected"),
+        ([str(path), "--ids", ""], "--ids: expected"), ([str(path), "--bandwidth-mib", "x"], "--bandwidth-mib x"),
+        ([str(path), "--threads"], "--threads"), ([str(path), "--toast", "1"], "no such option"), ([], "MODEL is missing"),
+        ([str(path), "--context", "5", "--ids", "1,2,3", "--decode-tokens", "4"], "do not fit the context of 5"),
+        ([str(pipe)], "not a regular file"),
+    ):  # fmt: skip
+        done = subprocess.run([executable_path(), *arguments], capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1) and words in done.stderr, done
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            assert subprocess.run([executable_path(), path, "--ids", "1"], stdout=full, stderr=subprocess.PIPE).returncode == 1
 
 
 def test_more_threads_than_cores_are_allowed(model_and_path):
