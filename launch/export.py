@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
 
 from launch.cli import Parser, run  # noqa: E402
-from launch.rundir import check_output  # noqa: E402
+from launch.rundir import check_output, writing  # noqa: E402
 from stages.errors import InputError  # noqa: E402
 
 
@@ -41,9 +41,11 @@ def main() -> None:
             raise InputError("--random-weights goes with --recipe, and --checkpoint has weights; drop one of the two")
         if overrides:
             raise InputError(f"--{next(iter(overrides))} changes a recipe, and --checkpoint is exported as it is; drop it")
-        _export_checkpoint(options)
-    else:
-        _export_random(options, overrides)
+    with writing(options.output):
+        if options.checkpoint is not None:
+            _export_checkpoint(options)
+        else:
+            _export_random(options, overrides)
     sys.stderr.write(f"wrote {options.output}\n")
 
 

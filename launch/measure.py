@@ -7,6 +7,7 @@ the time of each operation.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from launch.cli import Parser, run  # noqa: E402
 from launch.rundir import check_output, write_json  # noqa: E402
 from search.devices.base import Measurement  # noqa: E402
 from stages.errors import InputError, RunError  # noqa: E402
+
+WEEK = 7 * 86400
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
@@ -31,8 +35,7 @@ def main() -> None:
     parser.add_argument("--output", metavar="F.json", type=Path, required=True)
     parser.add_argument("--plot", metavar="F.png", type=Path)
     options, _ = parser.parse()
-    for path in filter(None, (options.output, options.plot)):
-        check_output(path)
+    _check(options)
     from search.devices import DeviceError, MeasureRequest, open_device
 
     try:
@@ -52,6 +55,19 @@ def main() -> None:
 
         plot_operations(found, options.plot)
     _show(found)
+
+
+def _check(options: argparse.Namespace) -> None:
+    check_output(options.output)
+    if not 0 < options.timeout <= WEEK:
+        raise InputError(f"--timeout {options.timeout:g}; expected more than 0 and at most {WEEK} seconds")
+    if options.plot is None:
+        return
+    check_output(options.plot, "--plot")
+    if options.plot.suffix not in PICTURES:
+        raise InputError(f"--plot {options.plot}; expected a name that ends in {', '.join(PICTURES)}")
+    if options.device.startswith("qemu-"):
+        raise InputError(f"--plot: {options.device} gives no times of operations; drop it")
 
 
 def _packed(path: Path) -> Path:

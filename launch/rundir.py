@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 from launch.cli import is_ours
 from launch.config import Recipe, from_dict, read_toml, save_toml, to_dict
 from stages.config import STAGES
-from stages.errors import InputError
+from stages.errors import InputError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -119,25 +120,51 @@ def first_difference(before: Recipe, after: Recipe) -> str | None:
     return None
 
 
-def check_output(path: Path) -> None:
-    """Raises InputError where `--output` is taken or cannot be written, before any work is done for it."""
+def check_output(path: Path, option: str = "--output") -> None:
+    """Raises InputError where what an option names is taken or cannot be written, before any work is done for it."""
     made: list[Path] = []
     try:
         if path.exists() or path.is_symlink():
-            raise InputError(f"--output {path} exists; name another, nothing is overwritten")
+            raise InputError(f"{option} {path} exists; name another, nothing is overwritten")
         made = missing_folders(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise InputError(f"--output {path} cannot be written ({error.strerror}); name a place that you may write") from None
+        raise InputError(f"{option} {path} cannot be written ({error.strerror}); name a place that you may write") from None
     finally:
         remove_empty(made)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`: a full disk is told in one line, and folders made for a file that failed go again."""
+    made = missing_folders(path.parent)
+    try:
+        yield
+    except Exception as error:
+        from stages.checkpoint_files import error_number
+
+        if (number := error_number(error)) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunError(f"{path} was not written ({os.strerror(number)}); free some space, or name another place") from None
+    finally:
+        remove_empty(made)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A hidden name in the folder of `path`, made if need be, that becomes `path` at the end, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all: written beside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    with writing(path), beside(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,6 +11,10 @@ from typing import Any, Literal, Protocol
 Fidelity = Literal["device", "host", "emulated", "analytic"]
 """device: a phone or board; host: this machine; emulated: instructions run, times mean nothing; analytic: a model of a
 device. Numbers of different fidelity are never compared."""
+
+
+MOST = 1_000_000
+"""Of tokens, threads and repeats in one measurement."""
 
 
 class DeviceError(RuntimeError):
@@ -30,8 +35,8 @@ class MeasureRequest:
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "decode_tokens", "threads", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 1 to {MOST}")
 
     def arguments(self) -> list[str]:
         """Of `pocketforge-run`, without the model."""
@@ -71,4 +76,13 @@ def parse_output(text: str, device: str, fidelity: Fidelity) -> Measurement:
     if not isinstance(found, dict) or (missing := [key for key in REQUIRED if key not in found]):
         raise DeviceError(f"{device}: its answer lacks {missing[0] if isinstance(found, dict) else 'an object'}; update the "
                           "program there")
+    times = found.get("operations", {})
+    numbers = {key: found[key] for key in REQUIRED if key not in ("isa", "samples")}
+    if isinstance(times, dict) and all(isinstance(part, dict) for part in times.values()):
+        numbers |= {f"operations.{phase}.{name}": value for phase, part in times.items() for name, value in part.items()}
+    else:
+        raise DeviceError(f"{device}: its operations are {str(times)[:60]!r}; update the program there")
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DeviceError(f"{device}: its {key} is {str(value)[:60]!r}, no number; update the program there")
     return {**found, "device": device, "fidelity": fidelity}

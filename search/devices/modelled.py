@@ -8,12 +8,13 @@ its numbers are marked `analytic`, and a profile says what it was calibrated on 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.packed_file import read_metadata
+from kernels.packed_file import PackedFileError, read_metadata
 from search.devices.base import Fidelity, Measurement, MeasureRequest
 
 PROFILES = Path(__file__).with_name("profiles")
@@ -75,9 +76,13 @@ def load_profile(name: str) -> Profile:
             found["name"], found["isa"], tuple(Core(**core) for core in found["cores"]), bandwidth["one_thread"],
             bandwidth["all_threads"], found["efficiency"], found["launch_us"],
         )  # fmt: skip
-        if not profile.cores or min(profile.one_thread_gb_s, profile.all_threads_gb_s, profile.efficiency) <= 0:
+        sizes = [value for core in profile.cores for name, value in vars(core).items() if name != "kind"]
+        sizes += [profile.one_thread_gb_s, profile.all_threads_gb_s, profile.efficiency]
+        if not profile.cores or not all(0 < size < math.inf for size in sizes) or not 0 <= profile.launch_us < math.inf:
             raise ValueError("cores, bandwidth and efficiency must be there and above 0")
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(isinstance(text, str) for text in (profile.name, profile.isa)):
+            raise ValueError("name and isa must be text")
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a device profile ({error}); see {PROFILES / 'oneplus_12.json'}") from None
     return profile
 
@@ -132,6 +137,20 @@ def operation_times(shape: Shape, profile: Profile, *, tokens: int, past: int, t
     return times
 
 
+def _shape(path: Path) -> tuple[Shape, int]:
+    """The sizes of a packed file, and the longest text it reads. Raises PackedFileError."""
+    metadata = read_metadata(path)
+    try:
+        encodings = {tensor["name"]: tensor["encoding"] for tensor in metadata["tensors"]}
+        shape = Shape.of(metadata["model"], int8_head=encodings.get("head", encodings["embed"]) == "int8_row")
+        sizes = (shape.hidden, shape.query, shape.kv, shape.ffn, shape.vocab, metadata["model"]["max_positions"])
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"sizes {sizes}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise PackedFileError(f"{path}: its metadata describes no model ({error!r}); export it again") from None
+    return shape, sizes[-1]
+
+
 @dataclass(frozen=True)
 class ModelledDevice:
     """A profile as a device."""
@@ -144,9 +163,9 @@ class ModelledDevice:
         return f"model:{self.profile.name}"
 
     def measure(self, request: MeasureRequest) -> Measurement:
-        metadata = read_metadata(request.model)
-        encodings = {tensor["name"]: tensor["encoding"] for tensor in metadata["tensors"]}
-        shape = Shape.of(metadata["model"], int8_head=encodings.get("head", encodings["embed"]) == "int8_row")
+        shape, context = _shape(request.model)
+        if (needed := request.prompt_tokens + request.decode_tokens) > context:
+            raise ValueError(f"{self.name}: {needed} tokens do not fit the model's context of {context}")
         prompt, middle = request.prompt_tokens, request.prompt_tokens + request.decode_tokens // 2
         prefill = operation_times(shape, self.profile, tokens=prompt, past=0, threads=request.threads, kv=request.kv)
         decode = operation_times(shape, self.profile, tokens=1, past=middle, threads=request.threads, kv=request.kv)

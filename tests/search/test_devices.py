@@ -105,6 +105,14 @@ def test_an_answer_that_is_none_is_refused(answer):
         parse_output(answer, "phone", "device")
 
 
+@pytest.mark.parametrize("change", [{"peak_memory_bytes": "x"}, {"prefill_tokens_per_second": None}, {"threads": float("nan")},
+                                    {"operations": [1]}, {"operations": {"decode_ms": {"qkv": "fast"}}}])  # fmt: skip
+def test_an_answer_with_a_number_that_is_none_is_refused(change):
+    answer = {**dict.fromkeys(REQUIRED, 1), **change}
+    with pytest.raises(DeviceError, match=f"phone: its {next(iter(change))}"):
+        parse_output(json.dumps(answer), "phone", "device")
+
+
 def test_a_program_that_hangs_is_stopped_with_all_it_started(tmp_path):
     marker = tmp_path / "alive"
     with pytest.raises(DeviceError, match="longer than 0.5 s"):
@@ -178,10 +186,10 @@ def test_measure_writes_json_and_a_picture(model, tmp_path):
     from tests.launch.test_cli import command
 
     done = command("measure", "--model", str(model), "--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "2",
-                   "--output", "m.json", "--plot", "m.png", cwd=tmp_path)  # fmt: skip
+                   "--output", "m.json", "--plot", "new/m.png", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert set(REQUIRED) <= json.loads((tmp_path / "m.json").read_text()).keys()
-    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new/m.png").read_bytes().startswith(b"\x89PNG")
     assert "avx" in done.stdout or "neon" in done.stdout or "ref" in done.stdout
 
 
@@ -189,14 +197,22 @@ def test_measure_writes_json_and_a_picture(model, tmp_path):
     ("arguments", "words"),
     [
         (["--device", "toaster"], "device 'toaster'"),
-        (["--threads", "0"], "threads=0 must be at least 1"),
+        (["--threads", "0"], "threads=0; expected 1 to"),
         (["--model", "nothing"], "no packed model"),
         (["--prompt-tokens", "1000"], "context of 160"),
+        (["--prompt-tokens", "1000", "--device", "model:oneplus_12"], "context of 160"),
+        (["--prompt-tokens", "9999999999"], "prompt_tokens=9999999999; expected 1 to"),
+        (["--timeout", "nan"], "--timeout nan"),
+        (["--timeout", "inf"], "--timeout inf"),
+        (["--plot", "p.toast"], "ends in .png"),
+        (["--plot", "there.png"], "--plot there.png exists"),
+        (["--plot", "p.png", "--device", "qemu-aarch64"], "no times of operations"),
     ],
 )
 def test_bad_input_to_measure_is_one_line_and_status_2(model, tmp_path, arguments, words):
     from tests.launch.test_cli import command
 
+    (tmp_path / "there.png").touch()
     given = arguments if "--model" in arguments else ["--model", str(model), *arguments]
     done = command("measure", *given, "--output", "m.json", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr

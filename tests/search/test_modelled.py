@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from kernels.packed_file import PackedFileError, f32, write_packed
 from search.devices import MeasureRequest, open_device
 from search.devices.base import REQUIRED
 from search.devices.modelled import PROFILES, Shape, load_profile, operation_times
+from stages.export_packed import model_metadata
 from tests.helpers.packed_models import CONFIGS, packed
 
 # The published models of the profiles' rows; their output layers are INT8 where the name says so.
@@ -43,6 +46,14 @@ def test_the_model_answers_like_a_device_and_says_that_it_is_none(tmp_path):
     assert sum(found["operations"]["prefill_ms"].values()) == pytest.approx(found["time_to_first_token_ms"])
 
 
+def test_a_file_whose_metadata_describes_no_model_is_refused(tmp_path):
+    for number, model in enumerate((None, {}, {"attention": 3}, {**model_metadata(CONFIGS["flash"]), "ffn_size": "x"})):
+        path = tmp_path / f"{number}.pocket"
+        write_packed(path, {"model": model}, [lambda: f32("embed", np.zeros(4, np.float32))], lambda data: 0)
+        with pytest.raises(PackedFileError, match="describes no model"):
+            open_device("model:oneplus_12").measure(MeasureRequest(model=path))
+
+
 def test_more_work_takes_longer_and_more_threads_shorter():
     shape, profile = MODELS["llama_3_2_1b_int8_head"], load_profile("oneplus_12")
 
@@ -65,7 +76,10 @@ def test_unknown_and_damaged_profiles_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected one of .*oneplus_12"):
         open_device("model:toaster")
     broken = tmp_path / "broken.json"
-    for content in ("", "{}", "[]", json.dumps({**json.loads((PROFILES / "oneplus_12.json").read_text()), "efficiency": 0})):
+    good = json.loads((PROFILES / "oneplus_12.json").read_text())
+    cores = [{**good["cores"][0], "ghz": "fast"}]
+    changes = [{"efficiency": 0}, {"efficiency": float("nan")}, {"cores": cores}, {"launch_us": -1}, {"name": 7}]
+    for content in ("", "{}", "[]", "[" * 100_000, *(json.dumps({**good, **change}) for change in changes)):
         broken.write_text(content)
         with pytest.raises(ValueError, match="not a device profile"):
             load_profile(str(broken))
