@@ -6,7 +6,9 @@ read from --data-dir, or a path to a text file or JSON Lines.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +18,12 @@ from launch.cli import Parser, run  # noqa: E402
 from launch.models import add_runtime_options, load_scorer  # noqa: E402
 from launch.rundir import check_output  # noqa: E402
 from launch.tasks import Task  # noqa: E402
-from stages.errors import InputError  # noqa: E402
+from stages.errors import InputError, RunError  # noqa: E402
 
 if TYPE_CHECKING:
-    from stages.scoring import Scorer
+    from torch import Tensor
+
+    from stages.scoring import Scorer, TokenScores
 
 
 def main() -> None:
@@ -51,6 +55,7 @@ def evaluate(loaded: Scorer, tasks: list[Task], limit: int | None, output: Path)
     from launch.rundir import write_json
     from launch.tasks import score_task
 
+    loaded = dataclasses.replace(loaded, token_nll=partial(_finite, loaded.token_nll))
     bar = track(tasks, description="scoring", console=Console(stderr=True), disable=not sys.stderr.isatty())
     results = {task.key: score_task(loaded, task, limit=limit) for task in bar}
     write_json(output, results)
@@ -60,6 +65,14 @@ def evaluate(loaded: Scorer, tasks: list[Task], limit: int | None, output: Path)
             if metric != "n":
                 table.add_row(key, metric, f"{value:.4f}", str(scores["n"]))
     Console().print(table)
+
+
+def _finite(token_nll: TokenScores, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
+    """Scores that are numbers: the likeliest of some that are none is no answer."""
+    found = token_nll(tokens, positions, labels)
+    if not bool(found.isfinite().all()):
+        raise RunError("the model's log-likelihoods are not finite; its weights are damaged, make or export it again")
+    return found
 
 
 if __name__ == "__main__":

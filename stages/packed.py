@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from kernels.runtime import KvType, PackedModel, Sampler, Session
-from stages.errors import InputError
+from stages.errors import InputError, RunError
 from stages.objectives import IGNORE
 from stages.scoring import Scorer
 
@@ -88,7 +89,7 @@ def generate_packed(
     """As `modeling.generate.generate`, in the runtime; ends early where the model's context is full.
 
     Raises:
-        InputError: the prompt is longer than the model's context.
+        InputError: the prompt is longer than the model's context. RunError: the logits are not finite.
     """
     if len(prompt_ids) > loaded.context:
         raise InputError(f"the prompt has {len(prompt_ids)} tokens, the model reads {loaded.context}; shorten it")
@@ -96,6 +97,8 @@ def generate_packed(
     sample = Sampler(temperature, top_p, seed)
     logits = session.eval(prompt_ids)
     for produced in range(1, max_new_tokens + 1):
+        if not np.isfinite(logits).all():
+            raise RunError(f"model {loaded.path}: its logits are not finite; its weights are damaged, export it again")
         token = sample(logits)
         if token in stop_ids:
             return

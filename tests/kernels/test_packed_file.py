@@ -118,6 +118,7 @@ DAMAGES = {
     "a string": (model_field("ffn_size", "96"), "model.ffn_size"),
     "a negative": (model_field("window", -1), "model.window"),
     "no epsilon": (model_field("norm_eps", 0), "norm_eps"),
+    "an epsilon that is 0 in fp32": (model_field("norm_eps", 1e-300), "norm_eps"),
     "a kind too few": (model_field("attention", ["full"]), "model.attention"),
     "an unknown kind": (model_field("attention", ["full", "skip", "sparse"]), "model.attention"),
     "a flag that is none": (model_field("qk_norm", 1), "model.qk_norm"),
@@ -200,6 +201,21 @@ def test_the_writer_overwrites_nothing_and_leaves_nothing_half_written(tmp_path)
 def test_metadata_of_what_is_no_packed_file_is_refused(tmp_path, content):
     path = tmp_path / "x"
     path.write_bytes(content)
+    with pytest.raises(PackedFileError, match="x: "):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize("text", [b'"\xff\xfe"', b'"\\q"', b"1" + b"0" * 5000])
+def test_metadata_that_only_the_loader_passes_over_is_refused_in_python(good, tmp_path, text):
+    """The loader looks at what it needs; a stray string or number elsewhere must not end in a traceback."""
+    path = tmp_path / "x"
+    path.write_bytes(with_metadata(good, lambda d: {**d, "stray": "@" * len(text)}))
+    data = path.read_bytes()
+    start, size = HEADER.unpack(data[:60])[4:6]
+    changed = data[start : start + size].replace(b'"' + b"@" * len(text) + b'"', text + b"  ")
+    path.write_bytes(with_header(data[:start] + changed + data[start + size :], metadata_crc32c=checksum(changed)))
+    with PackedModel(path) as model, pytest.raises(PackedModelError, match="x: metadata: "):
+        model.metadata()
     with pytest.raises(PackedFileError, match="x: "):
         read_metadata(path)
 

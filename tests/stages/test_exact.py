@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from modeling.generate import generate
 from quant.apply import freeze
 from quant.spec import QuantSpec
 from stages.exact import suits, use_runtime_arithmetic
-from tests.helpers.packed_models import CONFIGS, packed
+from tests.helpers.packed_models import CONFIGS, build, packed
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -96,3 +97,25 @@ def test_a_loaded_qat_run_says_what_its_packed_file_says(tmp_path):
     ours, theirs = loaded.token_nll(tokens, None, labels), file.token_nll(tokens, None, labels)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert np.isfinite(ours).all() and file.tokenizer.fingerprint == loaded.tokenizer.fingerprint
+
+
+def test_weights_that_are_no_numbers_give_no_answer(tmp_path):
+    """The likeliest of log-likelihoods that are NaN is a number, and looks like a result."""
+    from data_pipeline.tokenizer import Tokenizer
+    from launch.evaluate import evaluate
+    from launch.tasks import resolve_tasks
+    from stages.errors import RunError
+    from stages.export_packed import pack_model
+    from stages.packed import generate_packed, load_packed
+
+    tokenizer = Tokenizer.train(["to be or not to be"] * 20, 300)
+    model = build(replace(CONFIGS["plain"], vocab_size=tokenizer.vocab_size))
+    model.norm.weight.fill_(float("nan"))
+    pack_model(model, tmp_path / "model.pocket", quant=QuantSpec(), tokenizer=tokenizer)
+    (tmp_path / "text.txt").write_text("to be or not")
+    loaded = load_packed(tmp_path / "model.pocket")
+    with pytest.raises(RunError, match="not finite"):
+        next(generate_packed(loaded, [1, 2], 4))
+    with pytest.raises(RunError, match="not finite"):
+        evaluate(loaded, resolve_tasks([str(tmp_path / "text.txt")]), None, tmp_path / "scores.json")
+    assert not (tmp_path / "scores.json").exists()

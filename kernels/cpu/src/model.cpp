@@ -56,7 +56,7 @@ pf_status pf_model::read_config(const Error &error) {
     }
     if (int64_t(config.num_heads) * config.head_dim > (1 << 19)) return error.set(PF_BAD_FILE, "model.num_heads: absurdly many");
     double eps = 0;
-    if (!json.number(json.find(model, "norm_eps"), &eps) || !(eps > 0 && eps < 1)) {
+    if (!json.number(json.find(model, "norm_eps"), &eps) || !(float(eps) > 0 && eps < 1)) {
         return error.set(PF_BAD_FILE, "model.norm_eps: missing, or not between 0 and 1");
     }
     config.norm_eps = float(eps);
