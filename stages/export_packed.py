@@ -27,6 +27,11 @@ from stages.export_source import check_free, load_for_export
 EmbeddingEncoding = Literal["int4", "int8"]
 
 
+MOST = {"vocab_size": 2**24, "hidden_size": 2**18, "num_layers": 4096, "block_repeat": 16, "num_heads": 4096, "head_dim": 512,
+        "ffn_size": 2**19, "max_positions": 2**24, "window": 2**24}  # fmt: skip
+"""What `kernels/cpu/src/model.cpp` takes: from a stranger's file, larger sizes are an attack."""
+
+
 class NotPackable(InputError):
     """A model that the packed layout, or the runtime, cannot hold."""
 
@@ -79,8 +84,13 @@ def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
     for name, value in (("hidden_size", config.hidden_size), ("ffn_size", config.ffn_size), ("head_dim", config.head_dim)):
         if value % GROUP:
             raise NotPackable(f"model.{name}={value} is not a multiple of {GROUP}, which the packed layout needs")
-    if config.head_dim > 512:
-        raise NotPackable(f"model.head_dim={config.head_dim}; the runtime goes up to 512")
+    for name, most in MOST.items():
+        if getattr(config, name) > most:
+            raise NotPackable(f"model.{name}={getattr(config, name)}; the runtime goes up to {most}")
+    if config.query_size > 2**19:
+        raise NotPackable(f"model.num_heads={config.num_heads} of {config.head_dim}; the runtime goes up to {2**19} in all")
+    if not 0 < np.float32(config.norm_eps) < 1:
+        raise NotPackable(f"model.norm_eps={config.norm_eps}; the runtime takes what fp32 holds between 0 and 1")
 
 
 def model_metadata(config: ModelConfig) -> dict[str, Any]:

@@ -119,3 +119,24 @@ def test_weights_that_are_no_numbers_give_no_answer(tmp_path):
     with pytest.raises(RunError, match="not finite"):
         evaluate(loaded, resolve_tasks([str(tmp_path / "text.txt")]), None, tmp_path / "scores.json")
     assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("field", [{"block_repeat": 17}, {"norm_eps": 1.0}, {"norm_eps": 1e-60}, {"window": 2**24 + 1},
+                                   {"max_positions": 2**25}, {"head_dim": 544}, {"ffn_size": 100}])  # fmt: skip
+def test_what_the_loader_would_refuse_is_not_written(tmp_path, field):
+    from stages.export_packed import NotPackable, pack_model
+
+    model, (name, value) = build(CONFIGS["plain"]), next(iter(field.items()))
+    model.config = replace(model.config, **field)
+    with pytest.raises(NotPackable, match=f"model.{name}={value}"):
+        pack_model(model, tmp_path / "model.pocket", quant=QuantSpec())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_sizes_that_are_written_are_read(tmp_path):
+    from stages.export_packed import pack_model
+
+    model = build(replace(CONFIGS["plain"], num_layers=1, block_repeat=16, window=2**24, max_positions=2**24, norm_eps=0.999))
+    pack_model(model, tmp_path / "model.pocket", quant=QuantSpec())
+    with PackedModel(tmp_path / "model.pocket") as file:
+        assert np.isfinite(file.session(8).eval([1, 2])).all()
