@@ -126,6 +126,7 @@ def check_output(path: Path, option: str = "--output") -> None:
     try:
         if path.exists() or path.is_symlink():
             raise InputError(f"{option} {path} exists; name another, nothing is overwritten")
+        part_of(path).exists()  # a name with no room for what is added while it is written
         made = missing_folders(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -152,11 +153,16 @@ def writing(path: Path) -> Iterator[None]:
         remove_empty(made)
 
 
+def part_of(path: Path) -> Path:
+    """The hidden name under which a file, or an export, is written until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A hidden name in the folder of `path`, made if need be, that becomes `path` at the end, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         yield part
         part.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from launch.cli import Parser
 from launch.config import load_recipe
 from launch.rundir import first_difference, open_run
 from launch.runner import choose_runner
-from stages.errors import InputError
+from stages.errors import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["recipe", "pretrain", "midtrain", "sft", "qat", "evaluate", "export", "generate", "list", "measure"]
@@ -181,3 +182,36 @@ def test_a_closed_or_full_standard_output_is_no_traceback(arguments: str, where:
 def test_bad_input_has_its_status_where_standard_error_is_closed(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", f"{sys.executable} {ROOT}/launch/pretrain.py --recipe nothing 2>&-"], cwd=tmp_path)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, number):
+    from launch import rundir
+
+    def full(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"out.json was not written \(.*free some space"):
+        rundir.write_json(tmp_path / "new" / "out.json", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_onto_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    """What the libraries beneath say of it: Python's OSError, Rust's text."""
+    from launch import rundir
+
+    for problem in (OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: No space left on device (os error 28)")):
+        with pytest.raises(RunError, match="model was not written"), rundir.writing(tmp_path / "new" / "model"):
+            (tmp_path / "new").mkdir()
+            raise problem
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError), rundir.writing(tmp_path / "model"):
+        _ = 1 / 0
+
+
+def test_a_name_without_room_for_its_beginning_is_refused(tmp_path):
+    from launch.rundir import check_output
+
+    with pytest.raises(InputError, match="cannot be written"):
+        check_output(tmp_path / ("n" * 250))
