@@ -7,8 +7,9 @@ the module; `tests/modeling/test_config.py` holds these sums to the built module
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -46,6 +47,8 @@ class ModelConfig:
     """Attention kind of each stored block; empty means full everywhere. `skip` blocks are feed-forward only."""
     window: Size = 512
     """Positions a `window` layer sees, itself included, in tokens."""
+    output_tokens: tuple[Annotated[int, Ge(0)], ...] = ()
+    """A trimmed head (Llama Guard 3-1B-INT4): the only ids that it can say, ascending; empty is the whole vocabulary."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "head_dim",
@@ -64,6 +67,29 @@ class ModelConfig:
                 f"model.attention names {len(self.attention)} layers but model.num_layers={self.num_layers}; "
                 "give one kind a layer, or none for full attention everywhere"
             )
+
+        if self.output_tokens:
+            self._check_output_tokens()
+
+    def _check_output_tokens(self) -> None:
+        ids = self.output_tokens
+        if self.tie_embeddings:
+            raise ValueError("model.output_tokens trims the head, and model.tie_embeddings ties it to the embedding; untie it")
+        rising = all(first < second for first, second in zip(ids, ids[1:], strict=False))
+        if not rising or ids[0] < 0 or ids[-1] >= self.vocab_size:
+            raise ValueError(f"model.output_tokens must be ascending ids below model.vocab_size={self.vocab_size}; "
+                             f"it goes from {ids[0]} to {ids[-1]}")
+
+    @property
+    def head_size(self) -> int:
+        """Rows of the head: tokens that it can say."""
+        return len(self.output_tokens) or self.vocab_size
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """From what JSON or TOML made of one: lists are tuples again. Raises TypeError for unknown fields."""
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**fields)
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
@@ -85,7 +111,7 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """Stored parameters; a tied head and a repeated block count once."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        embeddings = (self.vocab_size + (0 if self.tie_embeddings else self.head_size)) * self.hidden_size
         return embeddings + self.hidden_size + sum(self._block_params(kind) for kind in self.attention_kinds)
 
     def num_active_params(self) -> int:
@@ -105,7 +131,7 @@ class ModelConfig:
         `context` tokens are attended to (a window layer sees at most its window), itself included; norms, RoPE and
         softmax are not counted, nor is the embedding's look-up.
         """
-        matmuls = self.hidden_size * self.vocab_size
+        matmuls = self.hidden_size * self.head_size
         scores = 0
         for kind in self.attention_kinds:
             matmuls += self.block_repeat * 3 * self.hidden_size * self.ffn_size

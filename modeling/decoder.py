@@ -16,6 +16,14 @@ from modeling.config import ModelConfig
 from modeling.layers import Embedding, Linear, RMSNorm
 
 
+def spread_logits(logits: Tensor, config: ModelConfig) -> Tensor:
+    """Logits over the whole vocabulary of those over a head's rows: -inf where it has none."""
+    if not config.output_tokens:
+        return logits
+    whole = logits.new_full((*logits.shape[:-1], config.vocab_size), float("-inf"))
+    return whole.index_copy(-1, torch.tensor(config.output_tokens, device=logits.device), logits)
+
+
 class KVCache:
     """Slots for every executed layer that attends, and how many tokens they hold."""
 
@@ -81,12 +89,12 @@ class Decoder(nn.Module):
             SkipBlock(config) if kind == "skip" else Block(config, kind) for kind in config.attention_kinds
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.head_size)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits [B, T, V] of int64 tokens [B, T]; see `hidden` for the arguments."""
+        """Logits [B, T, V] of int64 tokens [B, T], -inf for what a trimmed head cannot say; see `hidden`."""
         x, weight = self.head_operands(self.hidden(tokens, positions, cache))
-        return F.linear(x, weight)
+        return spread_logits(F.linear(x, weight), self.config)
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Normed hidden states [B, T, hidden_size].
@@ -116,5 +124,5 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, W) with logits = x @ W.T: what a chunked loss multiplies."""
+        """(x, W) with logits = x @ W.T: what a chunked loss multiplies. Row i of a trimmed head is `output_tokens[i]`."""
         return self.embed.head_operands(hidden) if self.head is None else self.head.head_operands(hidden)

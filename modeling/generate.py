@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from modeling.decoder import Decoder, KVCache
+from modeling.decoder import Decoder, KVCache, spread_logits
 
 __all__ = ["KVCache", "generate", "sample"]
 
@@ -36,7 +36,7 @@ def generate(
         with torch.no_grad():
             hidden = model.hidden(tokens, cache=cache)[:, -1:]
             x, head = model.head_operands(hidden)
-            token = sample((x @ head.T)[0, 0].float(), temperature, top_p, generator)
+            token = sample(spread_logits((x @ head.T)[0, 0].float(), model.config), temperature, top_p, generator)
         if token in stop_ids:
             return
         yield token

@@ -188,6 +188,9 @@ def _split_halves(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def _check_expressible(config: ModelConfig, layout: Layout) -> None:
+    if config.output_tokens:
+        raise ConversionError(f"the head says {config.head_size} of {config.vocab_size} tokens; no Hugging Face class of "
+                              "ours holds a trimmed head")
     kinds = sorted(set(config.attention_kinds) - {"full"})
     if kinds:
         raise ConversionError(f"the {layout} layout has full attention only, the model has {kinds[0]} layers; "

@@ -101,6 +101,8 @@ def write_executorch_model(
 
 
 def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
+    if config.output_tokens:
+        raise InputError(f"the head says {config.head_size} of {config.vocab_size} tokens; a program holds whole heads")
     if spec.weight_bits != 4 or spec.group_size % BLOCK:
         raise InputError(
             f"the model is quantized to {spec.weight_bits} bits in groups of {spec.group_size}; XNNPACK has 4 bits in groups "

@@ -96,6 +96,8 @@ def write_gguf_model(
 
 def architecture(config: ModelConfig) -> str:
     """The llama.cpp architecture that computes this model. InputError where none does, with the reason."""
+    if config.output_tokens:
+        raise InputError(f"the head says {config.head_size} of {config.vocab_size} tokens; llama.cpp has whole heads only")
     kinds = set(config.attention_kinds)
     if config.num_executed_layers > MAX_LAYERS:
         raise InputError(f"the model runs {config.num_executed_layers} blocks; llama.cpp goes up to {MAX_LAYERS}")

@@ -96,8 +96,9 @@ def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
 def model_metadata(config: ModelConfig) -> dict[str, Any]:
     """`model` of the file's metadata."""
     fields = dataclasses.asdict(config)
+    outputs = fields.pop("output_tokens")
     del fields["init_std"]
-    return {**fields, "attention": list(config.attention_kinds)}
+    return {**fields, "attention": list(config.attention_kinds), **({"output_tokens": list(outputs)} if outputs else {})}
 
 
 def _tensors(

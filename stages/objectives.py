@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.products import product
+from modeling.config import ModelConfig
 from modeling.decoder import Decoder
 from stages.config import DistillConfig
 
@@ -51,6 +52,23 @@ def linear_distillation(
     arXiv 1503.02531, section 2). No gradient reaches the teacher.
     """
     return _loss(hidden, weight, labels, teacher, mix, temperature)
+
+
+def head_rows(config: ModelConfig, labels: Tensor) -> Tensor:
+    """Token ids as rows of the model's head, -100 where a trimmed head has none (and where there was -100)."""
+    if not config.output_tokens:
+        return labels
+    rows = torch.full((config.vocab_size,), IGNORE, device=labels.device)
+    rows[torch.tensor(config.output_tokens, device=labels.device)] = torch.arange(config.head_size, device=labels.device)
+    return torch.where(labels >= 0, rows[labels.clamp(min=0)], labels)
+
+
+def model_token_nll(model: Decoder, tokens: Tensor, positions: Tensor | None, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of every label under the model, fp32 [B, T]; infinite where its head cannot say the label."""
+    hidden, weight = model.head_operands(model.hidden(tokens, positions))
+    rows = head_rows(model.config, labels)
+    nll = linear_token_nll(hidden, weight, rows)
+    return nll.masked_fill((rows == IGNORE) & (labels != IGNORE), float("inf")) if model.config.output_tokens else nll
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, supervised: Tensor) -> Tensor:
@@ -183,16 +201,20 @@ class TrainableModel(nn.Module):
         """Summed loss over supervised tokens, or with `reduction="none"` every token's cross entropy [B, T].
 
         Args:
-            tokens, positions, labels: int64 [B, T]; labels are shifted already, -100 where there is no loss.
+            tokens, positions, labels: int64 [B, T]; labels are shifted already, -100 where there is no loss. Nor is there
+                one where a trimmed head cannot say the label; distillation compares over what it can say.
             teacher: required for the summed loss where the model was built with `distill`.
         """
-        hidden, weight = self.model.head_operands(self.model.hidden(tokens, positions))
         if reduction == "none":
-            return linear_token_nll(hidden, weight, labels)
+            return model_token_nll(self.model, tokens, positions, labels)
+        hidden, weight = self.model.head_operands(self.model.hidden(tokens, positions))
+        labels = head_rows(self.model.config, labels)
         if self.distill is None:
             return linear_cross_entropy(hidden, weight, labels)
         if teacher is None:
             raise ValueError("distillation needs what the teacher says about these tokens; got none")
+        if (ids := self.model.config.output_tokens) and len(teacher.weight) != len(ids):  # a teacher with its whole head
+            teacher = Teacher(teacher.hidden, teacher.weight[torch.tensor(ids, device=labels.device)])
         return linear_distillation(
             hidden, weight, labels, teacher, mix=self.distill.weight, temperature=self.distill.temperature
         )

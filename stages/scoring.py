@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
-from modeling.decoder import Decoder
-from stages.objectives import IGNORE, linear_token_nll
+from modeling.decoder import Decoder, spread_logits
+from stages.objectives import IGNORE, model_token_nll
 
 TokenScores = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 """(tokens, positions or None, labels), int64 [B, T] on the CPU -> [B, T], or [B, T, K] for K scores a token.
@@ -138,8 +138,7 @@ def decoder_nll(model: Decoder) -> TokenScores:
         device = model.embed.weight.device
         tokens, labels = tokens.to(device), labels.to(device)
         positions = None if positions is None else positions.to(device)
-        hidden, weight = model.head_operands(model.hidden(tokens, positions))
-        return linear_token_nll(hidden, weight, labels)
+        return model_token_nll(model, tokens, positions, labels)
 
     return token_nll
 
@@ -158,7 +157,7 @@ def decoder_nll_and_misses(model: Decoder, chunk: int = 256) -> TokenScores:
         hidden, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         result = torch.zeros(len(flat), 2, dtype=torch.float32, device=device)
         for part in chunks(labels):
-            logits = (hidden[part] @ weight.T).float()
+            logits = spread_logits((hidden[part] @ weight.T).float(), model.config)
             picked = logits.gather(-1, flat[part].unsqueeze(-1)).squeeze(-1)
             result[part, 0] = logits.logsumexp(dim=-1) - picked
             result[part, 1] = (picked < logits.amax(dim=-1)).float()

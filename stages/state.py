@@ -58,7 +58,7 @@ def read_model(checkpoint: Path) -> tuple[ModelConfig, QuantSpec | None]:
     document = dict(read_document(checkpoint, "model"))
     quant = document.pop("quant", None)
     try:
-        document["attention"] = tuple(document.get("attention", ()))
+        document |= {name: tuple(document.get(name, ())) for name in ("attention", "output_tokens")}
         return ModelConfig(**document), None if quant is None else QuantSpec(**quant)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint}: its model is not one of ours ({error})") from None

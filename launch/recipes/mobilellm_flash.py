@@ -1,7 +1,8 @@
 """MobileLLM-Flash (arXiv 2603.15954): the three shapes found, with the paper's continued training and tuning lengths.
 
-The paper prunes them from an 1.8B backbone and continues for 500B tokens; until pruning is here they start from
-random weights. Learning rates are MobileLLM-Pro's (the paper's were not found).
+The paper prunes them from an 1.8B backbone and continues for 500B tokens: cut the shape out of a trained backbone with
+`launch/prune.py` and start with --init-from, else they start from random weights.
+Learning rates are MobileLLM-Pro's (the paper's were not found).
 """
 
 from __future__ import annotations

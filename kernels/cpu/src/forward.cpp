@@ -169,4 +169,16 @@ void pf_session::head(int first, int count, float *out) {
     norm(model->norm, first, count);
     quantize(normed_.data(), model->config.hidden_size, count);
     multiply(model->head, out, size_t(model->config.vocab_size), pf::kHead);
+    if (model->outputs.size() > 0) {
+        for (int t = 0; t < count; ++t) spread(out + size_t(t) * size_t(model->config.vocab_size));
+    }
+}
+
+// Logits of a trimmed head's rows to their ids, minus infinity elsewhere. From the end: an id is never below its row.
+void pf_session::spread(float *row) const {
+    size_t left = model->outputs.size();
+    for (int id = model->config.vocab_size - 1; id >= 0; --id) {
+        bool has = left > 0 && model->outputs[left - 1] == id;
+        row[id] = has ? row[--left] : -__builtin_inff();
+    }
 }

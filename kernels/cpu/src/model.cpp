@@ -16,11 +16,13 @@ struct Field {
 
 pf_status pf_model::read(const Error &error) {
     pf_status status = read_config(error);
+    if (status == PF_OK) status = read_outputs(error);
     if (status != PF_OK) return status;
+    int head_rows = outputs.size() > 0 ? int(outputs.size()) : config.vocab_size;
     if (!blocks.allocate(size_t(config.num_blocks))) return error.set(PF_NO_MEMORY, "no memory for %d blocks", config.num_blocks);
     for (int i = 0; i < config.num_blocks && status == PF_OK; ++i) status = read_block(i, error);
     if (status == PF_OK) status = matrix("embed", config.vocab_size, config.hidden_size, &embed, error);
-    if (status == PF_OK && !config.tied) status = matrix("head", config.vocab_size, config.hidden_size, &head, error);
+    if (status == PF_OK && !config.tied) status = matrix("head", head_rows, config.hidden_size, &head, error);
     if (status == PF_OK && config.tied) head = embed;
     if (status == PF_OK) status = vector("norm", config.hidden_size, &norm, error);
     if (status == PF_OK) status = vector("rope.inverse_frequencies", config.head_dim / 2, &inverse_frequencies, error);
@@ -67,6 +69,27 @@ pf_status pf_model::read_config(const Error &error) {
             return error.set(PF_BAD_FILE, "model.%s: missing, or not true or false", flag.name);
         }
         *flag.value = json.is(node, Json::kTrue);
+    }
+    return PF_OK;
+}
+
+pf_status pf_model::read_outputs(const Error &error) {
+    const Json &json = file.json();
+    int list = json.find(json.find(0, "model"), "output_tokens");
+    if (list < 0) return PF_OK;
+    int count = json.size(list);
+    if (!json.is(list, Json::kArray) || count < 1 || count > config.vocab_size || config.tied) {
+        return error.set(PF_BAD_FILE, "model.output_tokens: not a list of 1 to %d ids of an untied head", config.vocab_size);
+    }
+    if (!outputs.allocate(size_t(count))) return error.set(PF_NO_MEMORY, "no memory for %d ids", count);
+    uint64_t least = 0;
+    for (int i = 0, node = json.first(list); i < count; ++i, node = json.after(node)) {
+        uint64_t id = 0;
+        if (!json.integer(node, &id) || id < least || id >= uint64_t(config.vocab_size)) {
+            return error.set(PF_BAD_FILE, "model.output_tokens: id %d is not a whole number, above the one before, below %d", i, config.vocab_size);
+        }
+        outputs[size_t(i)] = int32_t(id);
+        least = id + 1;
     }
     return PF_OK;
 }

@@ -34,6 +34,7 @@ struct pf_model {
     pf::Config config;
     pf::Buffer<pf::Block> blocks;
     pf::Matrix embed, head;
+    pf::Buffer<int32_t> outputs;  // the ids of a trimmed head's rows, ascending; empty where a row is its id
     const float *norm = nullptr;
     const float *inverse_frequencies = nullptr;  // [head_dim / 2]
 
@@ -43,6 +44,7 @@ struct pf_model {
 
   private:
     pf_status read_config(const pf::Error &error);
+    pf_status read_outputs(const pf::Error &error);
     pf_status read_block(int index, const pf::Error &error);
     pf_status matrix(const char *name, int rows, int k, pf::Matrix *out, const pf::Error &error) const;
     pf_status vector(const char *name, int size, const float **out, const pf::Error &error) const;

@@ -46,6 +46,7 @@ extern "C" int32_t pf_sample(const float *logits, int32_t size, float temperatur
     pf::kRefOps.exponentials(powers.data(), int(powers.size()));
     double total = 0;
     for (int32_t i = 0; i < size; ++i) {
+        if (logits[i] == -__builtin_inff()) powers[size_t(i)] = 0;  // the exponential stops at e^-87
         choices[size_t(i)] = {powers[size_t(i)], i};
         total += double(powers[size_t(i)]);
     }

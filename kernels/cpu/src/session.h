@@ -41,6 +41,7 @@ struct pf_session {
     void quantize(const float *x, int k, int count);
     void multiply(const pf::Matrix &w, float *y, size_t stride, pf::Operation operation);
     void head(int first, int count, float *out);
+    void spread(float *row) const;
     void fill_rope();
 
     pf::Buffer<float> cos_, sin_;            // [context, head_dim]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +28,21 @@ def write_pocket(config: ModelConfig, path: Path) -> None:
         return int4(name, codes, scales)
 
     h, q, kv, f = config.hidden_size, config.query_size, config.kv_size, config.ffn_size
-    tensors = [lambda: matrix("embed", config.vocab_size, h)]
+    tensors = [partial(matrix, "embed", config.vocab_size, h)]
     if not config.tie_embeddings:
-        tensors.append(lambda: matrix("head", config.vocab_size, h))
+        tensors.append(partial(matrix, "head", config.vocab_size, h))
     ones = np.ones(h, np.float32)
     for i, kind in enumerate(config.attention_kinds):
         if kind != "skip":
-            tensors.append(lambda i=i: f32(f"blocks.{i}.attention_norm", ones))
-            tensors.append(lambda i=i: matrix(f"blocks.{i}.attention.qkv", q + 2 * kv, h))
-            tensors.append(lambda i=i: matrix(f"blocks.{i}.attention.out", h, q))
-        tensors.append(lambda i=i: f32(f"blocks.{i}.feed_forward_norm", ones))
-        tensors.append(lambda i=i: matrix(f"blocks.{i}.feed_forward.gate_up", 2 * f, h))
-        tensors.append(lambda i=i: matrix(f"blocks.{i}.feed_forward.down", h, f))
-    tensors.append(lambda: f32("norm", ones))
+            tensors.append(partial(f32, f"blocks.{i}.attention_norm", ones))
+            tensors.append(partial(matrix, f"blocks.{i}.attention.qkv", q + 2 * kv, h))
+            tensors.append(partial(matrix, f"blocks.{i}.attention.out", h, q))
+        tensors.append(partial(f32, f"blocks.{i}.feed_forward_norm", ones))
+        tensors.append(partial(matrix, f"blocks.{i}.feed_forward.gate_up", 2 * f, h))
+        tensors.append(partial(matrix, f"blocks.{i}.feed_forward.down", h, f))
+    tensors.append(partial(f32, "norm", ones))
     frequencies = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
-    tensors.append(lambda: f32("rope.inverse_frequencies", frequencies.astype(np.float32)))
+    tensors.append(partial(f32, "rope.inverse_frequencies", frequencies.astype(np.float32)))
     from stages.export_packed import model_metadata
 
     write_packed(path, {"format": "pocketforge.packed", "model": model_metadata(config), "tokenizer": None}, tensors, crc32c)

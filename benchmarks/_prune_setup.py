@@ -1,0 +1,90 @@
+"""What `prune_ranking.py` trains: the tiny recipe, the candidates, the backbone, and the trials' functions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch.config import LaunchConfig, Recipe, TrackingConfig
+from launch.recipes.quickstart import quickstart
+from launch.rundir import write_json
+from launch.runner import train_stages
+from launch.search_quality import PrunedTraining
+from modeling.config import AttentionKind, ModelConfig
+from stages.config import OptimConfig, TrainConfig
+from stages.importance_file import Calibration, calibrate_checkpoint
+
+BACKBONE = ModelConfig(
+    vocab_size=1024, hidden_size=128, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=32, ffn_size=384,
+    max_positions=128, init_std=0.06,
+)  # fmt: skip
+BATCH, LENGTH = 4, 128
+STEP_TOKENS = BATCH * LENGTH
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A backbone that is trained, its importance, and where everything lies."""
+
+    recipe: Recipe
+    folder: Path
+    importance: str
+
+    def pruned(self, **changes: object) -> PrunedTraining:
+        """Inherit and train on, at half the peak rate of training from scratch."""
+        stage = self.recipe.pretrain
+        assert stage is not None
+        gentle = replace(stage, optim=replace(stage.optim, lr=stage.optim.lr / 2))
+        training = PrunedTraining(recipe=replace(self.recipe, pretrain=gentle), backbone=str(self.folder / "backbone"),
+                                  importance=self.importance, folder=str(self.folder / "trials"))  # fmt: skip
+        return replace(training, **changes)  # type: ignore[arg-type]
+
+    def scratch(self) -> PrunedTraining:
+        return PrunedTraining(recipe=self.recipe, backbone="", folder=str(self.folder / "trials"))
+
+
+def tiny_recipe(threads: int) -> Recipe:
+    """The quickstart's text and tokenizer at a smaller vocabulary; one process."""
+    base = quickstart()
+    assert base.pretrain is not None
+    stage = replace(
+        base.pretrain, seq_len=LENGTH, global_batch=BATCH, steps=1,
+        data=replace(base.pretrain.data, held_out_fraction=0.05),
+        optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=40, min_lr_ratio=0.1),
+    )  # fmt: skip
+    held_out = tuple(replace(item, max_documents=24, max_document_bytes=4_000) for item in base.train.held_out
+                     if item.name == "pretrain")  # fmt: skip
+    return Recipe(
+        name="prune-ranking", model=BACKBONE, tokenizer=replace(base.tokenizer, vocab_size=BACKBONE.vocab_size), pretrain=stage,
+        train=TrainConfig(log_every=50, held_out=held_out), tracking=TrackingConfig(wandb="disabled"),
+        launch=LaunchConfig(runner="local", threads_per_worker=threads),
+    )  # fmt: skip
+
+
+def prepare(folder: Path, steps: int, threads: int) -> Setup:
+    """Train the backbone where `folder` has none yet, and calibrate it."""
+    recipe = tiny_recipe(threads)
+    assert recipe.pretrain is not None
+    long = replace(recipe, pretrain=replace(recipe.pretrain, steps=steps))
+    train_stages(long, folder / "backbone", ["pretrain"], init_from=None, cache_dir=folder / "trials" / "data")
+    options = Calibration(sequences=128, seq_len=LENGTH, micro_batch=32, drop_batches=2)
+    importance = calibrate_checkpoint(folder / "backbone", recipe.pretrain.data, options, folder / "trials" / "data")
+    write_json(folder / "setup.json", {"backbone_steps": steps, "importance": importance.name})
+    return Setup(recipe, folder, str(importance))
+
+
+def draw_candidates(count: int, seed: int) -> list[ModelConfig]:
+    """Different shapes within the backbone: depth, widths, heads, and blocks without attention (never three in a row)."""
+    draw, found = random.Random(seed), dict[ModelConfig, None]()
+    while len(found) < count:
+        layers = draw.randint(2, BACKBONE.num_layers)
+        kinds: tuple[AttentionKind, ...] = tuple("skip" if draw.random() < 0.25 else "full" for _ in range(layers))
+        if "full" not in kinds or "skipskipskip" in "".join(kinds):
+            continue
+        kv_heads = draw.choice((1, 2))
+        found[replace(
+            BACKBONE, num_layers=layers, hidden_size=draw.choice((64, 80, 96, 112, 128)), num_kv_heads=kv_heads,
+            ffn_size=draw.choice((128, 192, 256, 320, 384)), num_heads=draw.choice((2, 4)), attention=kinds,
+        )] = None  # fmt: skip
+    return list(found)
