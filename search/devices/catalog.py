@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from search.devices.base import Device
 
-FORMS = "local, model:PROFILE, qemu-aarch64[:CPU], ssh://USER@HOST[:PORT], adb://SERIAL"
+FORMS = "local, model:PROFILE, qemu-aarch64[:CPU], ssh://USER@HOST[:PORT], adb://SERIAL, agent://HOST:PORT"
 
 
 def open_device(spec: str) -> Device:
@@ -18,6 +18,10 @@ def open_device(spec: str) -> Device:
         return ProgramDevice(SshDriver(rest))
     if kind == "adb" and rest:
         return ProgramDevice(AdbDriver(rest))
+    if kind == "agent" and rest:
+        from search.agent.client import AgentDevice
+
+        return AgentDevice(rest)
     if spec.startswith("model:"):
         from search.devices.modelled import ModelledDevice, load_profile
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from search.devices.base import DeviceError, Fidelity, Measurement, MeasureRequest, parse_output
+from search.devices.base import (
+    DeviceCrash,
+    DeviceError,
+    DeviceTimeout,
+    Fidelity,
+    Measurement,
+    MeasureRequest,
+    Thermals,
+    parse_output,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,10 @@ class Driver(Protocol):
 
     def alive(self) -> bool: ...
 
+    def lost(self, finished: Finished) -> bool:
+        """Whether a failed run failed because the device went away."""
+        ...
+
     def program(self) -> str:
         """The path of `pocketforge-run` for this device, put there where needed."""
         ...
@@ -64,14 +81,50 @@ class ProgramDevice:
     def measure(self, request: MeasureRequest) -> Measurement:
         driver = self.driver
         program, model = driver.program(), driver.put(request.model)
-        finished = driver.run([program, model, *request.arguments()], {}, request.timeout_s)
+        pin = ["taskset", "-c", ",".join(map(str, request.cores))] if request.cores else []
+        finished = driver.run([*pin, program, model, *request.arguments()], {}, request.timeout_s)
         if finished.status == 2:
             raise ValueError(f"{driver.name}: {finished.err.strip().removeprefix('error: ')}")
         if finished.status:
-            tail = (finished.err or finished.out).strip().splitlines()
-            raise DeviceError(f"{driver.name}: pocketforge-run ended with status {finished.status}"
-                              f"{': ' + tail[-1][:300] if tail else ''}")
+            self._fail(finished, request)
         return parse_output(finished.out, driver.name, driver.fidelity)
+
+    def _fail(self, finished: Finished, request: MeasureRequest) -> NoReturn:
+        log = finished.err or finished.out
+        last = (log.strip().splitlines() or [""])[-1][:300]
+        if self.driver.lost(finished):
+            raise DeviceError(f"{self.name}: {last or 'the connection ended'}")
+        if finished.status == 124 and self.fidelity == "device":  # `timeout` there
+            raise DeviceTimeout(f"{self.name}: pocketforge-run took longer than {request.timeout_s:g} s and was stopped")
+        raise DeviceCrash(f"{self.name}: pocketforge-run ended with status {finished.status}{': ' + last if last else ''}",
+                          finished.status, log[-4096:])  # fmt: skip
+
+    def thermals(self) -> Thermals:
+        """Raises DeviceError where the device is gone."""
+        if self.fidelity == "emulated":
+            return Thermals()
+        return parse_thermals(self.driver.run(["sh", "-c", READ_THERMALS], {}, 30.0).out)
+
+
+READ_THERMALS = """cd /sys/class/thermal 2>/dev/null && for z in thermal_zone*; do
+echo "zone $(cat $z/type 2>/dev/null) $(cat $z/temp 2>/dev/null)"; done
+for c in /sys/devices/system/cpu/cpu[0-9]*/cpufreq; do
+echo "core $(cat $c/scaling_cur_freq 2>/dev/null) $(cat $c/scaling_max_freq 2>/dev/null)"; done"""
+
+
+def parse_thermals(text: str) -> Thermals:
+    """From what READ_THERMALS prints; lines that make no sense are left out (a sensor may be switched off)."""
+    zones = [(kind, int(value) / 1000) for kind, value in re.findall(r"^zone (\S+) (\d{4,6})$", text, re.MULTILINE)]
+    hot = [celsius for _, celsius in zones if celsius < 150]
+    cpu = [celsius for kind, celsius in zones if celsius < 150 and re.search(r"cpu|soc|tsens|x86_pkg|coretemp", kind)]
+    cores = re.findall(r"^core (\d+) (\d+)$", text, re.MULTILINE)
+    return Thermals(max(cpu or hot, default=None), tuple(int(now) / 1000 for now, _ in cores),
+                    tuple(int(most) / 1000 for _, most in cores))  # fmt: skip
+
+
+STOP: ContextVar[threading.Event | None] = ContextVar("STOP", default=None)
+"""Set in a measurement's thread by who may want to end it early; checked while a program runs."""
+POLL_S = 0.5
 
 
 def run_command(
@@ -87,15 +140,24 @@ def run_command(
     finally:
         if stdin is not None:
             source.close()  # type: ignore[union-attr]
+    stop, deadline = STOP.get(), time.monotonic() + timeout_s
     try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise DeviceError(
-            f"{command[0]} took longer than {timeout_s:g} s and was stopped; raise the limit or ask for less"
-        ) from None
-    return Finished(process.returncode, out, err)
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                out, err = process.communicate(timeout=left if stop is None else min(left, POLL_S))
+                return Finished(process.returncode, out, err)
+            except subprocess.TimeoutExpired:
+                if stop is not None and stop.is_set():
+                    raise DeviceError(f"{command[0]} was stopped before its end, as was asked") from None
+                if time.monotonic() >= deadline:
+                    raise DeviceTimeout(
+                        f"{command[0]} took longer than {timeout_s:g} s and was stopped; raise the limit or ask for less"
+                    ) from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def content_name(path: Path) -> str:
@@ -124,6 +186,9 @@ class LocalDriver:
 
     def alive(self) -> bool:
         return True
+
+    def lost(self, finished: Finished) -> bool:
+        return False
 
     def program(self) -> str:
         from kernels.runtime import executable_path

@@ -57,6 +57,9 @@ class RemoteDriver:
         except DeviceError:
             return False
 
+    def lost(self, finished: Finished) -> bool:
+        raise NotImplementedError
+
     def checked(self, command: str) -> str:
         finished = self.shell(command, CALL_S)
         if finished.status:
@@ -94,6 +97,9 @@ class SshDriver(RemoteDriver):
     def shell(self, command: str, timeout_s: float, stdin: Path | None = None) -> Finished:
         return run_command(["ssh", *self.OPTIONS, *self.port, self.target, command], {}, timeout_s, stdin)
 
+    def lost(self, finished: Finished) -> bool:
+        return finished.status == 255  # ssh's own failures; the program there has others
+
     def send(self, local: Path, remote: str) -> None:
         finished = self.shell(f"cat > {shlex.quote(remote)}", TRANSFER_S, stdin=local)
         if finished.status:
@@ -111,6 +117,9 @@ class AdbDriver(RemoteDriver):
 
     def shell(self, command: str, timeout_s: float, stdin: Path | None = None) -> Finished:
         return run_command(["adb", "-s", self.serial, "shell", command], {}, timeout_s, stdin)
+
+    def lost(self, finished: Finished) -> bool:
+        return bool(re.match(r"adb: |error: (device|no devices|closed|protocol)", finished.err))
 
     def send(self, local: Path, remote: str) -> None:
         finished = run_command(["adb", "-s", self.serial, "push", str(local), remote], {}, TRANSFER_S)

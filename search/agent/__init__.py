@@ -1,0 +1,1 @@
+"""The process beside a device that serves it to searches elsewhere, and how a search speaks to it."""
