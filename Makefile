@@ -22,7 +22,7 @@ $(VENV)/.ready: $(BIN)/uv pyproject.toml constraints.txt $(RUNTIME)
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(UV_INSTALL) --editable '.[dev]'
+	$(UV_INSTALL) --editable '.[dev,search]'
 	@touch $@
 
 # llama.cpp is compiled from source: minutes the first time. A package that does not import fails here, not as a skipped test.

@@ -1,0 +1,66 @@
+"""A time as a sum of products of sizes and counts, with a small Gaussian process for what the sum leaves.
+
+For metrics of which only names and readings are known: `search.latency` does the same with features of a real model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.latency.linear import fit_linear, predict_linear, robust_spread
+from search.optim.encode import Table
+from search.optim.surrogate import Scaler, Surrogate
+
+Array = NDArray[np.float64]
+ROUNDS = 3
+
+
+class WorkModel:
+    """Of positive values; fitted on construction. Everything it says is about the log of the value."""
+
+    def __init__(self, scaler: Scaler, table: Table, values: Array, start: Mapping[str, Any] | None = None) -> None:
+        """table: of the readings; values: [readings] > 0."""
+        variances = np.full(len(values), 1e-4)
+        self._floor = 0.3 * float(values.min())
+        self._weights = fit_linear(table.work, values, variances)
+        self._levels = np.zeros(table.levels.shape[1])
+        for _ in range(ROUNDS):
+            # Some widths are slower than their work says (no multiple of a tile): one factor for each value of a size.
+            left = np.log(values) - np.log(predict_linear(table.work, self._weights, self._floor))
+            self._levels = _robust_ridge(table.levels, left)
+            self._weights = fit_linear(table.work, values / np.exp(table.levels @ self._levels), variances)
+        residual = np.log(values) - self._sum(table)
+        spread = robust_spread(residual)
+        # A reading far off (another program ran) keeps its place in the data but loses its weight.
+        off = np.abs(residual - np.median(residual)) > np.maximum(4 * spread, 0.03)
+        self._process = Surrogate(scaler, table, residual, np.where(off, residual**2, 0.0), start)
+
+    def parameters(self) -> dict[str, Any]:
+        """To start the next fit from."""
+        return self._process.parameters()
+
+    def predict(self, table: Table) -> tuple[Array, Array]:
+        """Mean and standard deviation of the log, [candidates] each."""
+        more, deviation = self._process.predict(table)
+        return self._sum(table) + more, deviation
+
+    def _sum(self, table: Table) -> Array:
+        work: Array = np.log(predict_linear(table.work, self._weights, self._floor))
+        return work + table.levels @ self._levels
+
+
+def _robust_ridge(columns: Array, targets: Array) -> Array:
+    """Weights of least squares with a small ridge, outliers taken back to where Huber's loss puts them."""
+    found: Array = np.zeros(columns.shape[1])
+    clipped = targets - np.median(targets)
+    for _ in range(5):
+        gram = columns.T @ columns + np.eye(columns.shape[1])
+        found = np.asarray(np.linalg.solve(gram, columns.T @ clipped), dtype=np.float64)
+        residual = targets - np.median(targets) - columns @ found
+        bound = 2 * robust_spread(residual)
+        clipped = columns @ found + np.clip(residual, -bound, bound)
+    return found
