@@ -74,8 +74,8 @@ def main() -> int:
 
 def measure(family: str, folder: Path, options: argparse.Namespace, peer: bool) -> dict[int, list[dict[str, Any]]]:
     """{prompt tokens: one {"ours": ..., "llama.cpp": ...} a round}."""
-    from benchmarks._random_models import full_attention, write_pocket
     from modeling.families import FAMILIES as KNOWN
+    from stages.random_packed import full_attention, write_pocket
 
     config = full_attention(KNOWN[family])
     pocket, gguf = folder / "model.pocket", folder / "model.gguf"

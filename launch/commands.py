@@ -40,13 +40,15 @@ def recipe_command(doc: str | None) -> None:
     parser = Parser(doc)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
     parser.add_argument("--stages", metavar="A,B", help="only these stages of the recipe")
+    parser.add_argument("--init-from", metavar="RUN_OR_CHECKPOINT", help="the model that the first stage starts from")
     options, overrides = parser.parse()
     recipe = load_recipe(options.recipe, overrides)
     names = _stage_names(recipe, options.stages)
     directory = options.output_dir or Path("runs") / recipe.name
     started = time.monotonic()
     with open_run(recipe, directory, resume=options.resume):
-        train_stages(recipe, directory, names, init_from=_stage_before(recipe, directory, names[0]))
+        init_from = options.init_from or _stage_before(recipe, directory, names[0])
+        train_stages(recipe, directory, names, init_from=init_from)
         if not is_first():
             return
         _say(f"trained in {time.monotonic() - started:.0f} s")

@@ -141,14 +141,14 @@ def _adapter() -> TypeAdapter[Recipe]:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dictionaries, lists and scalars; None is left out (TOML has none)."""
-    return _plain(dataclasses.asdict(recipe))
+    return plain(dataclasses.asdict(recipe))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        return {key: plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -157,10 +157,10 @@ def from_dict(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return _adapter().validate_python(values)
     except ValidationError as error:
-        raise InputError(f"{where}: {_first_problem(error)}") from None
+        raise InputError(f"{where}: {first_problem(error)}") from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     # An unknown key explains more than what follows from it, so it is told first.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
     problem = problems[0]

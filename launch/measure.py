@@ -1,8 +1,8 @@
 """Measure a packed model on a device: prefill, decode, time to first token, memory, and where the time goes.
 
 Devices: local; ssh://USER@HOST and adb://SERIAL (the program and the model are sent there once); qemu-aarch64[:CPU]
-(correctness only, its times are left out); model:PROFILE (computed from a device profile, not measured). `--plot` draws
-the time of each operation.
+(correctness only, its times are left out); model:PROFILE (computed from a device profile, not measured); agent://HOST:PORT
+(what launch/agent.py serves there). `--plot` draws the time of each operation.
 """
 
 from __future__ import annotations

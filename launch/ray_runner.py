@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import InputError, LostWorkerError, RunError
+from stages.errors import InputError, LostWorkerError, NonFiniteError, RunError
 
 if TYPE_CHECKING:
     from launch.config import LaunchConfig
@@ -34,6 +34,8 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in every process
 }
+REPORTED = (NonFiniteError, RunError, InputError)
+"""What a worker's own line is raised again as, the narrowest first."""
 LOCAL_HEAD_ENVIRONMENT = {
     # Actors and exporters that watch a shared cluster; each costs a process that imports Ray Train.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -94,8 +96,7 @@ def _fit(trainer: Any, key: str, launch: LaunchConfig) -> None:
 def _raise_reported(key: str) -> None:
     """Raise what a worker left for us; Ray itself would only say that a worker failed, and try again."""
     if (found := _kv_get(key)) is not None:
-        kinds = {"InputError": InputError, "RunError": RunError}
-        raise kinds[found["kind"]](found["message"])
+        raise next(kind for kind in REPORTED if kind.__name__ == found["kind"])(found["message"])
 
 
 def _kv_get(key: str) -> dict[str, str] | None:
@@ -134,8 +135,8 @@ def _worker(config: dict[str, Any]) -> None:
     except (InputError, RunError, ValueError) as error:
         if not isinstance(error, InputError | RunError) and type(error).__module__.partition(".")[0] not in _OURS:
             raise
-        kind = "RunError" if isinstance(error, RunError) else "InputError"
-        _internal_kv_put(key, json.dumps({"kind": kind, "message": str(error)}).encode(), overwrite=False)
+        kind = next((kind for kind in REPORTED if isinstance(error, kind)), InputError)
+        _internal_kv_put(key, json.dumps({"kind": kind.__name__, "message": str(error)}).encode(), overwrite=False)
     except Exception:
         if _kv_get(key) is None:  # else: a peer left, and said why
             raise

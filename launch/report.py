@@ -6,10 +6,10 @@ Everything on it is computed from the files of the run directory; what is missin
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+from launch.page import count, duration, render_page, write_page
 from launch.report_data import Numbers, RunRecord, read_run
 from launch.report_packed import operation_bars, packed_rows
 from launch.report_plots import loss_chart, run_chart
@@ -18,7 +18,6 @@ from stages.config import STAGES, StageConfig, StageName
 
 TITLES: dict[str, str] = {"pretrain": "Pre-training", "midtrain": "Mid-training", "sft": "SFT", "qat": "QAT"}
 _SHOWN_METRICS = {"bits_per_byte": "bits per byte", "loss": "loss"}
-_TEMPLATE = Path(__file__).with_name("report_template.html.j2")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -26,23 +25,14 @@ def write_report(run_dir: Path) -> Path:
 
     Raises InputError where `run_dir` is not a folder.
     """
-    page = render(read_run(run_dir))
-    target = run_dir / "report.html"
-    beside = run_dir / ".report.html.part"
-    beside.write_text(page, encoding="utf-8", errors="replace")
-    beside.replace(target)
-    return target
+    return write_page(render(read_run(run_dir)), run_dir / "report.html")
 
 
 def render(run: RunRecord) -> str:
     """The page as text."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": _count, "number": _number, "duration": _duration, "visible": _visible}
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     stages = list(run.stages.values())
-    return template.render(
+    return render_page(
+        "report_template.html.j2",
         run=run,
         titles=TITLES,
         facts=_headline(run),
@@ -69,8 +59,8 @@ def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
     facts = []
     if run.model is not None:
         model = run.model
-        detail = f"{_count(model.num_active_params())} active a token"
-        facts.append(("Parameters", _count(model.num_params()), detail))
+        detail = f"{count(model.num_active_params())} active a token"
+        facts.append(("Parameters", count(model.num_params()), detail))
         repeat = f" \N{MULTIPLICATION SIGN} {model.block_repeat}" if model.block_repeat > 1 else ""
         facts.append(("Shape", f"{model.num_layers}{repeat} layers, width {model.hidden_size}",
                       f"{model.num_heads} heads, {model.num_kv_heads} key/value, feed-forward {model.ffn_size}, "
@@ -78,9 +68,9 @@ def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
     rows = _stage_rows(run)
     if rows:
         tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
-        facts.append(("Tokens trained on", _count(tokens), f"{sum(row['steps'] for row in rows):,.0f} optimizer steps"))
-        facts.append(("Time in training steps", _duration(seconds),
-                      f"{_count(tokens / seconds)} tokens per second on average" if seconds else ""))  # fmt: skip
+        facts.append(("Tokens trained on", count(tokens), f"{sum(row['steps'] for row in rows):,.0f} optimizer steps"))
+        facts.append(("Time in training steps", duration(seconds),
+                      f"{count(tokens / seconds)} tokens per second on average" if seconds else ""))  # fmt: skip
     if run.recipe is not None:
         launch, parallel = run.recipe.launch, run.recipe.parallel
         facts.append(("Workers", str(launch.workers), f"{parallel.precision}, FSDP over {launch.workers}"
@@ -144,31 +134,3 @@ def _samples_by_prompt(run: RunRecord) -> dict[str, list[dict[str, str]]]:
     for sample in sorted(run.samples, key=lambda sample: order.get(sample["stage"], len(order))):
         grouped.setdefault(sample["prompt"], []).append(sample)
     return {prompt: grouped[prompt] for prompt in dict.fromkeys(sample["prompt"] for sample in run.samples)}
-
-
-def _count(value: float) -> str:
-    """1,234 below ten thousand, then 12.3 k, 4.56 M, 7.89 B."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            scaled = value / (1e3 if suffix == "k" else size)
-            return f"{scaled:.4g} {suffix}" if scaled >= 100 else f"{scaled:.3g} {suffix}"
-    return f"{value:,.0f}"
-
-
-def _number(value: float | None) -> str:
-    """Four decimals for measurements of order one, fewer for large ones; a dash where there is none."""
-    if value is None:
-        return "\N{EN DASH}"
-    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _visible(text: str) -> str:
-    """Control characters, which a page may not carry or may be reordered by, as the replacement character."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text)

@@ -18,11 +18,18 @@ from stages.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def train_stages(recipe: Recipe, directory: Path, names: Sequence[StageName], *, init_from: str | None) -> None:
-    """Run these stages, each from the one before, on the runner that the recipe asks for."""
-    jobs = build_jobs(recipe, directory, names, init_from=init_from)
+def train_stages(
+    recipe: Recipe, directory: Path, names: Sequence[StageName], *, init_from: str | None, cache_dir: Path | None = None,
+    progress: bool = True,
+) -> None:  # fmt: skip
+    """Run these stages, each from the one before, on the runner that the recipe asks for.
+
+    `cache_dir` holds tokenised text, by default the run's own; many short runs over the same text share one.
+    """
+    jobs = build_jobs(recipe, directory, names, init_from=init_from, cache_dir=cache_dir)
     runner = choose_runner(recipe.launch)
-    with follow_progress(directory, {job["stage"]: job["config"].steps for job in jobs}, enabled=is_first()):
+    show = progress and is_first()
+    with follow_progress(directory, {job["stage"]: job["config"].steps for job in jobs}, enabled=show):
         if runner == "ray":
             from launch.ray_runner import run_on_ray
 
@@ -32,7 +39,7 @@ def train_stages(recipe: Recipe, directory: Path, names: Sequence[StageName], *,
 
 
 def build_jobs(
-    recipe: Recipe, directory: Path, names: Sequence[StageName], *, init_from: str | None
+    recipe: Recipe, directory: Path, names: Sequence[StageName], *, init_from: str | None, cache_dir: Path | None = None
 ) -> list[dict[str, Any]]:
     """The fields of each stage's `StageJob`. The job itself is made in the worker: its module imports torch."""
     held_out = tuple((item, recipe.held_out_sources(item)) for item in recipe.train.held_out)
@@ -55,7 +62,7 @@ def build_jobs(
             dict(
                 stage=name, config=config, train=recipe.train, model=recipe.model, tokenizer=tokenizer,
                 parallel=recipe.parallel, checkpoint=recipe.checkpoint, output_dir=str(directory.resolve()),
-                cache_dir=str((directory / "data").resolve()), init_from=init_from, resume=True,
+                cache_dir=str((cache_dir or directory / "data").resolve()), init_from=init_from, resume=True,
                 run_name=f"{recipe.name}-{directory.name}", recipe_hash=recipe.hash(), wandb_mode=recipe.tracking.wandb,
                 wandb_project=recipe.tracking.project, held_out=held_out, held_out_fraction=recipe.held_out_fraction(),
             )

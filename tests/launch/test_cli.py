@@ -17,7 +17,8 @@ from launch.runner import choose_runner
 from stages.errors import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["recipe", "pretrain", "midtrain", "sft", "qat", "evaluate", "export", "generate", "list", "measure"]
+COMMANDS = ["recipe", "pretrain", "midtrain", "sft", "qat", "evaluate", "export", "generate", "list", "measure", "agent",
+            "prune"]
 
 
 def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,174 @@
+"""Search architectures for a device and a latency limit: measured, trained briefly, the best of both on a front.
+
+    python launch/sweep.py --recipe quickstart_search
+    python launch/sweep.py --recipe flash_latency --device ssh://phone --quality.backbone RUN --output-dir runs/flash
+    python launch/sweep.py status DIR              what there is
+    python launch/sweep.py resume DIR              go on, also after a kill
+    python launch/sweep.py export DIR --pick 3     recipes with inherited checkpoints, for launch/recipe.py --init-from
+    python launch/sweep.py check DIR               does the database agree with the optimizer's state?
+
+A search is killed and resumed at any point; its database is DIR/sweep.db.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the root in place of launch/, whose names would hide others
+
+from launch.cli import Parser, run  # noqa: E402
+from stages.errors import InputError, RunError  # noqa: E402
+
+if TYPE_CHECKING:
+    from launch.sweep_config import SweepRecipe
+    from search.store import Store
+
+VERBS = ("status", "resume", "export", "check")
+
+
+def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in VERBS:
+        _verb(sys.argv[1], sys.argv[2:])
+        return
+    parser = Parser(__doc__)
+    parser.add_argument("--device", action="append", metavar="D", help="in place of the recipe's; again for more of a class")
+    parser.add_argument("--trials", metavar="N", help="in place of the recipe's")
+    options, overrides = parser.parse()
+    from launch.sweep_config import load_sweep, save_sweep
+
+    if options.trials is not None:
+        overrides["trials"] = options.trials
+    sweep = load_sweep(options.recipe, overrides, options.device)
+    directory = options.output_dir or Path("runs") / sweep.name
+    if (directory / "sweep.toml").is_file():
+        raise InputError(f"{directory} already holds a sweep; `launch/sweep.py resume {directory}` goes on with it")
+    if directory.is_dir() and any(directory.iterdir()):
+        raise InputError(f"{directory} is not empty and holds no sweep; name another --output-dir")
+    _check_devices(sweep)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_sweep(sweep, directory / "sweep.toml")
+    _run(sweep, directory)
+
+
+def _check_devices(sweep: SweepRecipe) -> None:
+    """Their names make sense, before minutes go into a backbone."""
+    from search.devices import open_device
+
+    for name in sweep.device.names:
+        try:
+            open_device(name)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+def _verb(verb: str, argv: list[str]) -> None:
+    parser = Parser(__doc__, recipe=False)
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    if verb == "export":
+        parser.add_argument("--pick", type=int, default=1, metavar="K", help="how many models of the front (default 1)")
+        parser.add_argument("--output", type=Path, metavar="P", help="folder for them (default DIR/picks)")
+    if verb == "resume":
+        parser.add_argument("--trials", type=int, metavar="N", help="go on to so many")
+    options, _ = parser.parse(argv)
+    from dataclasses import replace
+
+    from launch.config import read_toml
+    from launch.sweep_config import from_dict, save_sweep
+
+    saved = options.directory / "sweep.toml"
+    if not saved.is_file():
+        raise InputError(f"{options.directory} holds no sweep (no sweep.toml); start one with launch/sweep.py --recipe NAME")
+    sweep = from_dict(read_toml(saved), str(saved))
+    if verb == "resume":
+        if options.trials is not None:
+            sweep = replace(sweep, trials=options.trials)
+            save_sweep(sweep, saved)
+        _run(sweep, options.directory)
+    elif verb == "status":
+        _status(options.directory, sweep)
+    elif verb == "export":
+        _export(options.directory, sweep, options.pick, options.output or options.directory / "picks")
+    else:
+        from launch.sweep_run import disagreements
+
+        problems = disagreements(sweep, options.directory)
+        for problem in problems:
+            sys.stdout.write(problem + "\n")
+        if problems:
+            raise RunError(f"{len(problems)} differences between the database and the optimizer's state")
+        sys.stdout.write("the database and the optimizer's state agree\n")
+
+
+def _run(sweep: SweepRecipe, directory: Path) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from launch.sweep_live import live_table
+    from launch.sweep_run import record_of, run_sweep
+    from search.database import StoreError
+
+    logging.basicConfig(level=logging.WARNING)
+    console = Console(stderr=True)
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    shown, at = -1, 0.0
+
+    def tick(store: Store) -> None:
+        """The live table once a second on a terminal, a line a trial elsewhere."""
+        nonlocal shown, at
+        done = len(store.trials("ok", "infeasible", "failed"))
+        if live is not None:
+            if time.monotonic() - at > 1:
+                live.update(live_table(record_of(sweep, store)), refresh=True)
+                at = time.monotonic()
+        elif done != shown:
+            _say(f"{store.phase}: {done} of {sweep.trials} trials")
+        shown = done
+
+    try:
+        with live or nullcontext():
+            found = run_sweep(sweep, directory, _say, tick)
+    except StoreError as error:
+        raise InputError(str(error)) from None
+    _status(directory, sweep)
+    if not found:
+        raise RunError("no model is within the limits; raise goal.ttft_ms or goal.loss, or let it try more (resume --trials N)")
+
+
+def _status(directory: Path, sweep: SweepRecipe) -> None:
+    """The table of how it stands, and the page."""
+    from rich.console import Console
+
+    from launch.sweep_live import live_table
+    from launch.sweep_report import write_sweep_report
+    from launch.sweep_run import DATABASE, record_of
+    from search.store import Store
+
+    with closing(Store.read(directory / DATABASE)) as store:
+        record = record_of(sweep, store)
+    Console().print(live_table(record))
+    _say(f"report: {write_sweep_report(record, directory / 'report.html')}")
+
+
+def _export(directory: Path, sweep: SweepRecipe, count: int, output: Path) -> None:
+    from launch.sweep_run import export_picks
+
+    if count < 1:
+        raise InputError(f"--pick {count}; expected at least 1")
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"--output {output} is not empty; name another, nothing is overwritten")
+    for folder in export_picks(sweep, directory, count, output, _say):
+        sys.stdout.write(f"{folder}: python launch/recipe.py --recipe {folder}/recipe.toml --init-from {folder} "
+                         f"--output-dir runs/{folder.name}\n")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

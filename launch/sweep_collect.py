@@ -1,0 +1,238 @@
+"""A search's record from its database, which is only read: trials, front, hypervolume, devices, events."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, get_args
+
+from launch.sweep_data import (
+    DeviceReport,
+    FrontPoint,
+    Gate,
+    LatencyReport,
+    Limit,
+    Metric,
+    Numbers,
+    Objective,
+    Pair,
+    Pick,
+    Predictor,
+    Ranking,
+    SweepRecord,
+    TrialRecord,
+)
+from modeling.config import ModelConfig
+
+if TYPE_CHECKING:
+    from search.latency.model import LatencyModel
+    from search.records import Event
+    from search.store import Store
+
+
+FIGURES = ("r2", "mape", "within_10", "spearman", "kendall", "coverage")
+PREDICTED = "predicted_"
+"""Before the name of a result that is a prediction."""
+
+
+def from_store(
+    store: Store, *, name: str, objectives: Sequence[Objective], limits: Sequence[Limit] = (), space_size: int | None = None,
+    to_model: Callable[[Mapping[str, Any]], ModelConfig] | None = None, predicted: Mapping[int, Numbers] | None = None,
+    confirmed: Mapping[int, Mapping[str, Pair]] | None = None, fidelity: str | None = None,
+    latency: Sequence[LatencyReport] = (), ranking: Ranking | None = None, picks: Sequence[Pick] = (),
+    notes: Sequence[str] = (),
+) -> SweepRecord:  # fmt: skip
+    """What the database knows, with what only the caller does.
+
+    to_model: a trial's stored config -> its model; None where it holds the fields of `ModelConfig` already. predicted: by
+    trial, by names of results. confirmed: by trial, the 95 % intervals of those measured again. fidelity: that of most
+    measured trials where it is not given. Results called `predicted_NAME` are predictions of NAME. What the arguments leave
+    out is taken from the events: `confirmed` (pairs of a first and a second value), `latency_model` (the last report).
+    """
+    fidelities = _fidelities(store)
+    chosen = fidelity or _most(fidelities.values()) or _most(device.fidelity for device in store.devices()) or ""
+    trials = []
+    for trial in store.trials():
+        config = dict(trial.config) if to_model is None else asdict(to_model(trial.config))
+        results, guessed = _split(trial.results or {})
+        trials.append(TrialRecord(
+            number=trial.number, key=trial.key, config=config, state=trial.state, reason=trial.reason,
+            results=results if trial.results is not None else None, noise=_split(trial.noise)[0],
+            predicted=guessed | _numbers((predicted or {}).get(trial.number, {})), fidelity=fidelities.get(trial.number),
+            duplicate_of=trial.duplicate_of))  # fmt: skip
+    events = store.events()
+    if not latency:
+        latency = _reported(events, trials, objectives, limits)
+    record = SweepRecord(
+        name=name, objectives=tuple(objectives), limits=tuple(limits), fidelity=chosen, phase=store.phase, trials=tuple(trials),
+        latency=tuple(latency), ranking=ranking, devices=_devices(store, events),
+        events=dict(sorted(Counter(event.kind for event in events).items())), space_size=space_size, picks=tuple(picks),
+        notes=tuple(notes))  # fmt: skip
+    order = {trial.number: trial.told for trial in store.trials() if trial.told is not None}
+    again = _second_values(events)
+    front = tuple(replace(point, again=again[point.trial], confirmed=True) if point.trial in again else point
+                  for point in front_of(record, confirmed))  # fmt: skip
+    return replace(record, front=front, hypervolume=hypervolumes(record, order))
+
+
+def front_of(record: SweepRecord, confirmed: Mapping[int, Mapping[str, Pair]] | None = None) -> tuple[FrontPoint, ...]:
+    """The undominated of the trials that keep the limits, in order of their numbers."""
+    import numpy as np
+
+    from search.optim.hypervolume import front
+
+    within = record.within()
+    if not within:
+        return ()
+    values = np.array([_signed(trial, record.objectives) for trial in within], dtype=np.float64)
+    points = []
+    for trial in sorted((within[int(i)] for i in front(values)), key=lambda trial: trial.number):
+        known = (confirmed or {}).get(trial.number)
+        points.append(FrontPoint(trial=trial.number, confirmed=known is not None,
+                                 intervals=known if known is not None else _intervals(trial)))  # fmt: skip
+    return tuple(points)
+
+
+def hypervolumes(record: SweepRecord, order: Mapping[int, int] | None = None) -> tuple[float, ...]:
+    """Dominated volume below the reference after each ended trial; only trials that keep the limits count.
+
+    order: trial -> the place of its answer; ended trials that have none come last, by number.
+    """
+    import numpy as np
+
+    from search.optim.hypervolume import hypervolume
+
+    reference = np.array([goal.sign * goal.reference for goal in record.objectives], dtype=np.float64)
+    counted = {trial.number: trial for trial in record.within()}
+    ended = [trial for trial in record.trials if trial.state not in ("waiting", "running")]
+    ended.sort(key=lambda trial: ((order or {}).get(trial.number, math.inf), trial.number))
+    rows: list[list[float]] = []
+    found, volume = [], 0.0
+    for trial in ended:
+        if trial.number in counted:
+            new = _signed(trial, record.objectives)
+            if not any(all(a <= b for a, b in zip(old, new, strict=True)) for old in rows):
+                rows = [old for old in rows if not all(b <= a for a, b in zip(old, new, strict=True))] + [new]
+                volume = hypervolume(np.array(rows), reference)
+        found.append(volume)
+    return tuple(found)
+
+
+def latency_report(
+    model: LatencyModel, metric: Metric, proxies: Mapping[str, Sequence[float]] | None = None, scale: float = 1.0
+) -> LatencyReport:
+    """Of a fitted model, by cross-validation. `metric` has the model's values times `scale` (2**20 makes bytes of MiB).
+
+    proxies: name -> a count of every reading's model; by default parameters and FLOPs.
+    """
+    import numpy as np
+
+    from search.latency.features import proxies as counts_of
+    from search.latency.gates import LIMITS, errors
+
+    report, (values, predicted) = model.report(), model.held_out()
+    if proxies is None:
+        rows = [counts_of(reading.config, model.key.metric, model.key.context) for reading in model.readings]
+        proxies = {name: [row[name] for row in rows] for name in rows[0]}
+    ranks = {name: errors(values, np.asarray(counts, dtype=np.float64)) for name, counts in proxies.items()}
+    figures = {name: getattr(report, name) for name in FIGURES}
+    return LatencyReport(
+        metric=metric, readings=report.readings, passed=report.passed, model=Predictor(name=report.kind, **figures),
+        gates=tuple(Gate(name=name, value=getattr(report, name), low=low, high=high) for name, (low, high) in LIMITS.items()),
+        proxies=tuple(Predictor(name=name, spearman=found["spearman"], kendall=found["kendall"])
+                      for name, found in ranks.items()),
+        pairs=tuple((scale * float(a), scale * float(b)) for a, b in zip(values, predicted, strict=True)))  # fmt: skip
+
+
+def _signed(trial: TrialRecord, objectives: Sequence[Objective]) -> list[float]:
+    values = trial.values()
+    return [goal.sign * values[goal.name] for goal in objectives]
+
+
+def _intervals(trial: TrialRecord) -> dict[str, Pair]:
+    results = trial.results or {}
+    return {name: (results[name] - 1.96 * error, results[name] + 1.96 * error)
+            for name, error in trial.noise.items() if name in results and error > 0}  # fmt: skip
+
+
+def _split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """(results, predictions by the names of results)."""
+    numbers = _numbers(values)
+    guessed = {name.removeprefix(PREDICTED): value for name, value in numbers.items() if name.startswith(PREDICTED)}
+    return {name: value for name, value in numbers.items() if not name.startswith(PREDICTED)}, guessed
+
+
+def _second_values(events: Sequence[Event]) -> dict[int, dict[str, float]]:
+    """By trial: of every result that was had twice, the second value."""
+    found: dict[int, dict[str, float]] = {}
+    for event in events:
+        if event.kind == "confirmed" and event.trial is not None:
+            pairs = {{"losses": "loss"}.get(name, name): pair[1] for name, pair in event.detail.items()
+                     if isinstance(pair, list) and len(pair) == 2}  # fmt: skip
+            if numbers := _numbers(pairs):
+                found[event.trial] = numbers
+    return found
+
+
+def _reported(
+    events: Sequence[Event], trials: Sequence[TrialRecord], objectives: Sequence[Objective], limits: Sequence[Limit]
+) -> tuple[LatencyReport, ...]:
+    """The last stored report of the model of the time to the first token; its pairs are trials that were predicted first."""
+    from search.latency.gates import LIMITS
+
+    reports = [event.detail["report"] for event in events if isinstance(event.detail.get("report"), Mapping)
+               and event.kind == "latency_model"]  # fmt: skip
+    metric = next((metric for metric in (*objectives, *limits) if metric.name == "ttft_ms"), None)
+    if not reports or metric is None:
+        return ()
+    figures = _numbers(reports[-1])
+    pairs = tuple((trial.results[metric.name], trial.predicted[metric.name]) for trial in trials
+                  if trial.results and metric.name in trial.results and metric.name in trial.predicted)  # fmt: skip
+    return (LatencyReport(
+        metric=metric, readings=int(figures.get("readings", 0)), passed=reports[-1].get("passed") is True, pairs=pairs,
+        model=Predictor(name=str(reports[-1].get("kind", "?")), **{name: figures.get(name) for name in FIGURES}),
+        gates=tuple(Gate(name=name, value=figures.get(name), low=low, high=high) for name, (low, high) in LIMITS.items())),
+    )  # fmt: skip
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Finite numbers only: a database that was written elsewhere may hold anything."""
+    return {name: float(value) for name, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)}  # fmt: skip
+
+
+def _fidelities(store: Store) -> dict[int, str]:
+    """Of every trial that was measured; of its newest accepted measurement."""
+    found = store.rows("SELECT trial, fidelity FROM measurements JOIN jobs ON jobs.id = job WHERE trial IS NOT NULL"
+                       " AND role = 'result' ORDER BY measurements.id")  # fmt: skip
+    return {row["trial"]: row["fidelity"] for row in found}
+
+
+def _most(values: Iterable[str]) -> str | None:
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else None
+
+
+def _devices(store: Store, events: Sequence[Event]) -> tuple[DeviceReport, ...]:
+    from search.devices.base import Status
+
+    failures = set(get_args(Status)) - {"ok"}
+    rows = {row["device"]: row for row in store.rows(
+        "SELECT device, count(*) AS measured, sum(ended - started) AS busy, min(started) AS first, max(ended) AS last"
+        " FROM measurements WHERE started > 0 AND ended >= started GROUP BY device")}  # fmt: skip
+    span = max((row["last"] for row in rows.values()), default=0.0) - min((row["first"] for row in rows.values()), default=0.0)
+    found = []
+    for device in store.devices():
+        mine = [event for event in events if event.device == device.name]
+        row = rows.get(device.name)
+        found.append(DeviceReport(
+            name=device.name, device_class=device.device_class, fidelity=device.fidelity, state=device.state,
+            reason=device.reason, measured=row["measured"] if row else 0,
+            utilisation=(row["busy"] if row else 0.0) / span if span > 0 else None,
+            failures=dict(sorted(Counter(event.kind for event in mine if event.kind in failures).items())),
+            drift=tuple(_numbers(event.detail)["off"] for event in mine
+                        if event.kind == "sentinel" and "off" in _numbers(event.detail)),
+            quarantines=sum(event.kind in ("quarantined", "retired") for event in mine)))  # fmt: skip
+    return tuple(found)

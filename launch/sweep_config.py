@@ -1,0 +1,168 @@
+"""A search as data: what may be varied, on which device, within what limits, how each candidate is trained.
+
+Read and validated as a recipe is (launch/config.py); a dotted override names a key of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import TypeAdapter, ValidationError
+
+from launch.config import Recipe, first_problem, plain, read_toml
+from launch.overrides import apply_overrides
+from search.space import Space
+from stages.config import Positive
+from stages.errors import InputError
+
+Milliseconds = Annotated[float, Gt(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """What is measured, and where."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+
+    names: Annotated[tuple[str, ...], MinLen(1)] = ("local",)
+    """As `launch/measure.py --device` takes them, or agent://HOST:PORT; several are one class and share the work."""
+    prompt_tokens: Positive = 2048
+    decode_tokens: Positive = 16
+    threads: Positive = 1
+    kv: Literal["f32", "f16", "int8"] = "int8"
+    timeout_s: Annotated[float, Gt(0)] = 600.0
+    readings: Annotated[int, Ge(10)] = 60
+    """Bought at first, for the latency model."""
+    more: Positive = 20
+    max_readings: Positive = 400
+    min_repeats: Positive = 5
+    max_repeats: Positive = 30
+    warmup: Annotated[int, Ge(0), Le(100)] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoalConfig:
+    """What is good enough to be of use."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+
+    ttft_ms: Milliseconds
+    """Time to the first token: the limit."""
+    loss: Annotated[float, Gt(0)]
+    """Held-out loss that is just no longer of use, in nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """How a candidate gets its quality: cut from the backbone, trained briefly, scored on held-out text."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+
+    backbone: str = ""
+    """Run or checkpoint; empty trains the recipe's pre-training stage first, in the sweep's directory."""
+    budget_tokens: Annotated[int, Ge(1), Le(10**15)]
+    """Of one candidate's short training."""
+    calibration_sequences: Positive = 64
+    variant: Literal["wanda", "energy", "magnitude", "taylor", "weights", "random"] = "wanda"
+    layers: Literal["cosine", "loss"] = "cosine"
+    held_out: str = ""
+    processes: Annotated[int, Ge(1), Le(256)] = 1
+    """Candidates that are scored at once, each in a process of this machine (or a Ray job, where the recipe has workers)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRecipe:
+    """Everything about a search."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+
+    name: Annotated[str, MinLen(1)]
+    recipe: Recipe
+    """Data, optimizer and stages; its model is the backbone, the largest candidate."""
+    space: dict[str, Any]
+    """Lists of choices (`search.space.Space.from_dict`); what is the same for all is taken from the recipe's model."""
+    goal: GoalConfig
+    quality: QualityConfig
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    trials: Annotated[int, Ge(1), Le(100_000)] = 200
+    batch: Positive = 8
+    confirm: Positive = 8
+    seed: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        space = self.make_space()
+        model = self.recipe.model
+        for name in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads"):
+            largest, has = max(space.choices[name]), getattr(model, name)
+            if name == "num_layers":
+                has *= model.block_repeat
+            if largest > has:
+                raise ValueError(f"space.{name} goes up to {largest}, the backbone has {has}: it cannot be cut from it; "
+                                 "take smaller choices or a larger recipe.model")  # fmt: skip
+
+    def make_space(self) -> Space:
+        """Raises ValueError that names the entry."""
+        model = self.recipe.model
+        shared = ("vocab_size", "max_positions", "rope_theta", "norm_eps", "init_std", "tie_embeddings", "qk_norm", "window")
+        fixed = {name: getattr(model, name) for name in shared} | dict(self.space.get("fixed", {}))
+        limits = {"context": self.device.prompt_tokens, "kv_bits": {"f32": 32, "f16": 16, "int8": 8}[self.device.kv]}
+        return Space.from_dict({"head_dim": [model.head_dim], **self.space, "fixed": fixed,
+                                "limits": limits | dict(self.space.get("limits", {}))})  # fmt: skip
+
+    def comparable(self) -> dict[str, Any]:
+        """What two sweeps must share for their trials to be comparable; the number of trials may grow."""
+        everything = to_dict(self)
+        for free in ("trials", "confirm", "batch"):
+            everything.pop(free)
+        everything["quality"].pop("processes", None)
+        for free in ("launch", "tracking", "evaluation"):
+            everything["recipe"].pop(free, None)
+        return everything
+
+
+@cache
+def _adapter() -> TypeAdapter[SweepRecipe]:
+    return TypeAdapter(SweepRecipe)
+
+
+def to_dict(sweep: SweepRecipe) -> dict[str, Any]:
+    return plain(dataclasses.asdict(sweep))
+
+
+def from_dict(values: Mapping[str, Any], where: str) -> SweepRecipe:
+    """Validate; the first thing wrong becomes one line that starts with `where`."""
+    try:
+        return _adapter().validate_python(values)
+    except ValidationError as error:
+        raise InputError(f"{where}: {first_problem(error)}") from None
+
+
+def load_sweep(name_or_file: str, overrides: Mapping[str, str], devices: list[str] | None = None) -> SweepRecipe:
+    """A search by name (`launch/sweeps/`) or from a TOML file, with overrides; `devices` replace its own."""
+    from launch.sweeps import SWEEPS
+
+    path = Path(name_or_file)
+    if name_or_file in SWEEPS:
+        values, where = to_dict(SWEEPS[name_or_file]()), f"sweep {name_or_file}"
+    elif path.suffix == ".toml" or path.is_file():
+        values, where = read_toml(path), str(path)
+        from_dict(values, where)
+    else:
+        close = difflib.get_close_matches(name_or_file, SWEEPS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(SWEEPS)}"
+        raise InputError(f"no sweep named {name_or_file!r} and no such file; {hint}")
+    if devices:
+        values.setdefault("device", {})["names"] = devices
+    return from_dict(apply_overrides(values, overrides), "override" if overrides else where)
+
+
+def save_sweep(sweep: SweepRecipe, path: Path) -> None:
+    path.write_text(tomli_w.dumps(to_dict(sweep)), encoding="utf-8")

@@ -1,0 +1,214 @@
+"""From a sweep's recipe to the running loop: the backbone, its importance, devices, scoring processes, the optimizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.rundir import write_json
+from launch.sweep_config import DeviceConfig, SweepRecipe
+from modeling.config import ModelConfig
+from search.devices import open_device
+from search.farm import Farm
+from search.front import front, knee, values_of
+from search.members import Member, Policy
+from search.quality import TrainedScorer
+from search.readings import LatencyPlan, Readings
+from search.records import Trial
+from search.space import Space
+from search.store import Store
+from search.sweep import Sweep, SweepPlan, build_once
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from launch.sweep_data import SweepRecord
+
+logger = logging.getLogger(__name__)
+DATABASE = "sweep.db"
+
+
+def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], tick: Callable[[Store], None]) -> list[Trial]:
+    """All phases that are still to do; the confirmed front."""
+    space = sweep.make_space()
+    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store:
+        backbone, importance = prepare_backbone(sweep, directory, say)
+        members = [Member(open_device(name)) for name in sweep.device.names]
+        scorer = TrainedScorer(_training(sweep, directory, backbone, importance))
+        build = build_once(directory / "shapes", _write_random, _shape_key)
+        farm = Farm(store, members, policy=_policy(sweep.device))
+        farm.queue.recover()
+        readings = Readings(farm, space, latency_plan(sweep.device), build, tick=lambda: tick(store))
+        # Spawned: a fork of a process that has computed with threads may hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(sweep.quality.processes, mp_context=context) as executor, farm:
+            loop = Sweep(store, space, sweep_plan(sweep), readings, scorer, executor, make_staged, lambda: tick(store))
+            found = loop.run()
+        write_front(directory / "front.json", space, store, found)
+        return found
+
+
+def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
+    """(checkpoint, JSON of its importance). Trains the recipe's pre-training stage where no backbone is named."""
+    from launch.prune import calibrate
+    from launch.runner import train_stages
+    from modeling.prune import uncovered
+    from stages.checkpoint import resolve
+    from stages.prune import inherit_positions
+    from stages.state import read_model
+
+    named = sweep.quality.backbone
+    if not named:
+        if sweep.recipe.pretrain is None:
+            raise InputError("quality.backbone is empty and the recipe has no pretrain stage; name a run, or add the stage")
+        say("training the backbone")
+        train_stages(sweep.recipe, directory / "backbone", ["pretrain"], init_from=None)
+        named = str(directory / "backbone" / "pretrain")
+    checkpoint = resolve(Path(named))
+    config, _ = read_model(checkpoint)
+    largest = inherit_positions(replace(sweep.recipe.model, attention=(), block_repeat=1), config)
+    if problems := uncovered(config, largest):
+        raise InputError(f"quality.backbone {named} does not cover the space's largest model: {'; '.join(problems)}")
+    say("scoring the backbone's parts")
+    return checkpoint, calibrate(checkpoint, sweep.recipe, sweep.quality.calibration_sequences)
+
+
+def _training(sweep: SweepRecipe, directory: Path, backbone: Path, importance: Path) -> Any:
+    from launch.search_quality import PrunedTraining
+
+    quality = sweep.quality
+    return PrunedTraining(
+        recipe=sweep.recipe, backbone=str(backbone), folder=str(directory / "scores"), importance=str(importance),
+        variant=quality.variant, layers=quality.layers, held_out=quality.held_out,
+    )  # fmt: skip
+
+
+def make_staged(space: Space, plan: SweepPlan, predict: Callable[..., Any]) -> Any:
+    from search.optim.base import Domain, Goal
+    from search.optim.staged import Settings, Staged
+
+    domain = Domain(choices=space.flat_choices(), repair=space.repair, feasible=space.feasible)
+    goal = Goal(objectives=plan.references, limits=plan.limits)
+    settings = Settings(initial=max(4, min(16, plan.trials // 4)))
+    return Staged(domain, goal, plan.seed, known={"ttft_ms": predict}, settings=settings)
+
+
+def sweep_plan(sweep: SweepRecipe) -> SweepPlan:
+    return SweepPlan(trials=sweep.trials, budget_tokens=sweep.quality.budget_tokens, batch=sweep.batch, confirm=sweep.confirm,
+                     references={"loss": sweep.goal.loss, "ttft_ms": sweep.goal.ttft_ms}, seed=sweep.seed)  # fmt: skip
+
+
+def latency_plan(device: DeviceConfig) -> LatencyPlan:
+    return LatencyPlan(
+        prompt_tokens=device.prompt_tokens, decode_tokens=device.decode_tokens, threads=device.threads, kv=device.kv,
+        timeout_s=device.timeout_s, readings=device.readings, more=device.more, max_readings=device.max_readings,
+    )  # fmt: skip
+
+
+def _policy(device: DeviceConfig) -> Policy:
+    return Policy(warmup=device.warmup, min_repeats=device.min_repeats, max_repeats=device.max_repeats)
+
+
+def _write_random(config: ModelConfig, path: Path) -> None:
+    from stages.random_packed import write_pocket
+
+    write_pocket(config, path)
+
+
+def _shape_key(config: ModelConfig) -> str:
+    from modeling.identity import config_key
+
+    return config_key(config)
+
+
+# --- what comes out -------------------------------------------------------------------------------------------------
+
+
+def write_front(path: Path, space: Space, store: Store, found: list[Trial]) -> None:
+    """The front as JSON: candidate, loss, latency measured and predicted, what the confirmation said."""
+    confirmed = {event.trial: event.detail for event in store.events("confirmed")}
+    points = []
+    for trial in found:
+        config = space.to_config(space.unflatten(trial.config))
+        points.append({
+            "trial": trial.number, "key": trial.key, "candidate": trial.config, "parameters": config.num_params(),
+            **dict(trial.results or {}), "noise": dict(trial.noise), "confirmed": confirmed.get(trial.number),
+        })  # fmt: skip
+    write_json(path, points)
+
+
+def record_of(sweep: SweepRecipe, store: Store) -> SweepRecord:
+    """What the page and the live table show."""
+    from launch.sweep_collect import from_store
+    from launch.sweep_data import Limit, Objective
+
+    space, goal = sweep.make_space(), sweep.goal
+    first = {"name": "ttft_ms", "label": "time to first token", "unit": "ms"}
+    loss = Objective(name="loss", label="held-out loss", unit="nats a token", reference=goal.loss)
+    return from_store(
+        store, name=sweep.name, objectives=(loss, Objective(**first, reference=goal.ttft_ms)),  # type: ignore[arg-type]
+        limits=(Limit(**first, value=goal.ttft_ms),), space_size=space.size(),  # type: ignore[arg-type]
+        to_model=lambda flat: space.to_config(space.unflatten(flat)),
+    )  # fmt: skip
+
+
+def export_picks(sweep: SweepRecipe, directory: Path, count: int, output: Path, say: Callable[[str], None]) -> list[Path]:
+    """`count` models of the front, most gained for least given up first: inherited checkpoint, recipe, expectation.
+
+    Each folder is started as it is: `launch/recipe.py --recipe FOLDER/recipe.toml --init-from FOLDER`.
+    """
+    from launch.config import save_toml
+    from stages.prune import PruneOptions, prune_checkpoint
+    from stages.state import read_model
+
+    space = sweep.make_space()
+    with closing(Store.read(directory / DATABASE)) as store:
+        plan = sweep_plan(sweep)
+        found = front(store.trials("ok"), plan.references, plan.limits)
+    if not found:
+        raise InputError(f"{directory} has no model within its limits yet; let the sweep go on, or raise goal.*")
+    if count > len(found):
+        raise InputError(f"--pick {count}: the front has {len(found)} models")
+    backbone, importance = prepare_backbone(sweep, directory, say)
+    made = []
+    for trial in knee(found, list(plan.references))[:count]:
+        folder = output / f"trial-{trial.number:04d}"
+        config = space.to_config(space.unflatten(trial.config))
+        options = PruneOptions(variant=sweep.quality.variant, layers=sweep.quality.layers)
+        checkpoint = prune_checkpoint(backbone, importance, config, folder, options)
+        model, _ = read_model(checkpoint)
+        save_toml(replace(sweep.recipe, name=f"{sweep.name}-{trial.number:04d}", model=model), folder / "recipe.toml")
+        device = sweep.device
+        write_json(folder / "expected.json", {
+            **values_of(trial), "measured": "ttft_ms" in (trial.results or {}), "device": list(device.names),
+            "prompt_tokens": device.prompt_tokens, "threads": device.threads, "kv": device.kv,
+        })  # fmt: skip
+        made.append(folder)
+    return made
+
+
+def disagreements(sweep: SweepRecipe, directory: Path) -> list[str]:
+    """What the database and the optimizer's stored state say differently, in words; empty where they agree."""
+    space, plan = sweep.make_space(), sweep_plan(sweep)
+    with closing(Store.read(directory / DATABASE)) as store:
+        snapshot, trials = store.snapshot(), store.trials()
+    if snapshot is None:
+        return ["no optimizer state is stored"]
+    stored = json.loads(snapshot)
+    problems = []
+    if len(stored["trials"]) != len(trials):
+        problems.append(f"the optimizer knows {len(stored['trials'])} trials, the database has {len(trials)}")
+    for trial, known in zip(trials, stored["trials"], strict=False):
+        asked = space.key(space.unflatten(known["config"]))
+        if asked != trial.key:
+            problems.append(f"trial {trial.number} is {trial.key}, the optimizer asked {asked}")
+        if (known["values"] is None) != (trial.results is None) and trial.told is not None:
+            problems.append(f"trial {trial.number} is {trial.state}, the optimizer was told {known['status']}")
+    make_staged(space, plan, lambda flats: None).load(stored)
+    return problems

@@ -1,0 +1,82 @@
+"""`launch/sweep.py` as a user runs it: a search on a modelled phone, its picks, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("botorch", reason="the search extra is not installed")
+
+from launch.sweep_config import from_dict, load_sweep, to_dict
+from launch.sweeps import SWEEPS
+from stages.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(name, *arguments, cwd):
+    command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=230)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """(directory, what the command printed) of the smoke search, without the data folder."""
+    folder = tmp_path_factory.mktemp("sweep")
+    done = command("sweep", "--recipe", "smoke_search", "--output-dir", folder / "s", "--trials", "4", cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "s", done
+
+
+def test_a_search_ends_with_a_front_and_says_it(searched):
+    directory, done = searched
+    front = json.loads((directory / "front.json").read_text())
+    assert front and all(point["loss"] > 0 and point["ttft_ms"] > 0 and point["predicted_ttft_ms"] > 0 for point in front)
+    assert "model of time to first token" in done.stdout and f"trial {front[0]['trial']}" in done.stdout
+    assert "held-out loss" in (directory / "report.html").read_text()
+    assert command("sweep", "check", directory, cwd=directory).stdout.startswith("the database and the optimizer's state agree")
+
+
+def test_a_pick_is_a_recipe_that_starts_from_the_inherited_checkpoint(searched, tmp_path):
+    directory, _ = searched
+    done = command("sweep", "export", directory, "--output", tmp_path / "picks", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [folder] = (tmp_path / "picks").iterdir()
+    expected = json.loads((folder / "expected.json").read_text())
+    assert expected["ttft_ms"] > 0 and expected["device"] == ["model:oneplus_12"]
+    done = command("pretrain", "--recipe", folder / "recipe.toml", "--init-from", folder, "--output-dir", tmp_path / "run",
+                   "--tracking.wandb", "disabled", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = json.loads((tmp_path / "run" / "pretrain" / "evaluation.json").read_text())
+    assert scores["after"]["pretrain"]["loss"] < scores["before"]["pretrain"]["loss"]
+
+
+def test_what_is_wrong_is_one_line(searched, tmp_path):
+    directory, _ = searched
+    for arguments, words in [
+        (("--recipe", "smoke_search", "--output-dir", directory), "already holds a sweep"),
+        (("--recipe", "smoke_serch",), "did you mean 'smoke_search'"),
+        (("--recipe", "smoke_search", "--device", "phone", "--output-dir", tmp_path / "x"), "device 'phone'; expected one of"),
+        (("export", directory, "--pick", "99", "--output", tmp_path / "p"), "the front has"),
+        (("status", tmp_path), "holds no sweep"),
+    ]:
+        done = command("sweep", *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.count("error:") == 1
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_search_is_valid_and_reads_back(name):
+    sweep = SWEEPS[name]()
+    assert from_dict(to_dict(sweep), name) == sweep and sweep.make_space().size() > 40
+
+
+def test_a_space_that_the_backbone_does_not_cover_is_refused():
+    with pytest.raises(InputError, match="space.ffn_size goes up to 4096, the backbone has 128"):
+        load_sweep("smoke_search", {"space.ffn_size": "[64, 4096]"})
+    with pytest.raises(InputError, match="no feasible point"):
+        load_sweep("smoke_search", {"space.limits.memory_bytes": "10"})
