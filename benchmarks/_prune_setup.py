@@ -16,9 +16,11 @@ from stages.config import OptimConfig, TrainConfig
 from stages.importance_file import Calibration, calibrate_checkpoint
 
 BACKBONE = ModelConfig(
-    vocab_size=1024, hidden_size=128, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=32, ffn_size=384,
-    max_positions=128, init_std=0.06,
+    vocab_size=512, hidden_size=64, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=192,
+    max_positions=128, init_std=0.08,
 )  # fmt: skip
+"""Small, so that training from scratch can afford to get past its first plateau: before that, losses tell how soon a shape
+leaves it (shallow ones first), not what it can learn. At 1.2M parameters 200k tokens were too few (docs/pruning.md)."""
 BATCH, LENGTH = 4, 128
 STEP_TOKENS = BATCH * LENGTH
 
@@ -51,7 +53,7 @@ def tiny_recipe(threads: int) -> Recipe:
     stage = replace(
         base.pretrain, seq_len=LENGTH, global_batch=BATCH, steps=1,
         data=replace(base.pretrain.data, held_out_fraction=0.05),
-        optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=40, min_lr_ratio=0.1),
+        optim=OptimConfig(lr=6e-3, schedule="cosine", warmup_steps=40, min_lr_ratio=0.1),
     )  # fmt: skip
     held_out = tuple(replace(item, max_documents=24, max_document_bytes=4_000) for item in base.train.held_out
                      if item.name == "pretrain")  # fmt: skip
@@ -84,7 +86,7 @@ def draw_candidates(count: int, seed: int) -> list[ModelConfig]:
             continue
         kv_heads = draw.choice((1, 2))
         found[replace(
-            BACKBONE, num_layers=layers, hidden_size=draw.choice((64, 80, 96, 112, 128)), num_kv_heads=kv_heads,
-            ffn_size=draw.choice((128, 192, 256, 320, 384)), num_heads=draw.choice((2, 4)), attention=kinds,
+            BACKBONE, num_layers=layers, hidden_size=draw.choice((32, 40, 48, 56, 64)), num_kv_heads=kv_heads,
+            ffn_size=draw.choice((64, 96, 128, 160, 192)), num_heads=draw.choice((2, 4)), attention=kinds,
         )] = None  # fmt: skip
     return list(found)

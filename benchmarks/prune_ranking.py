@@ -1,9 +1,9 @@
 """Does a short training of a pruned backbone rank candidates as training from scratch does, and which importance is best?
 
-    python benchmarks/prune_ranking.py                       # 20 candidates, under 15 minutes on one core
+    python benchmarks/prune_ranking.py                       # 20 candidates
     python benchmarks/prune_ranking.py --folder DIR          # keeps (and goes on from) what was trained
 
-A backbone of 1.2M parameters is trained on the quickstart's text (POCKETFORGE_DATA, else Python's own library) and
+A backbone of 0.3M parameters is trained on the quickstart's text (POCKETFORGE_DATA, else Python's own library) and
 calibrated. Candidates of different depth, widths, heads and attention are trained twice: from random weights, and cut out
 of the backbone and trained on for a fraction of that. Printed: Kendall's tau between the two held-out losses (aim 0.7, as
 MobileLLM-Flash found), beside tau of parameters and of FLOPs; and for every importance variant the loss right after
@@ -32,10 +32,10 @@ TESTS = ("tests/modeling/test_prune.py", "tests/stages/test_importance.py", "tes
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=20)
-    parser.add_argument("--backbone-steps", type=int, default=1500)
-    parser.add_argument("--scratch-steps", type=int, default=400)
-    parser.add_argument("--short-steps", type=int, default=60)
-    parser.add_argument("--ablated", type=int, default=2, help="candidates whose short training is repeated for every variant")
+    parser.add_argument("--backbone-steps", type=int, default=3000)
+    parser.add_argument("--scratch-steps", type=int, default=1500)
+    parser.add_argument("--short-steps", type=int, default=200)
+    parser.add_argument("--ablated", type=int, default=4, help="candidates whose short training is repeated for every variant")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder")
@@ -100,10 +100,10 @@ def ablate(setup, candidates: list, options: argparse.Namespace, step_tokens: in
     """Every variant over the same candidates: loss right after pruning (all of them) and after a short training (some)."""
     from stages.importance import LAYER_SCORES, VARIANTS
 
-    few = candidates[: options.ablated]
-    wide = [replace(candidate, num_layers=6, attention=()) for candidate in few]
-    deep = [replace(setup.recipe.model, num_layers=layers) for layers in (5, 4, 3)]
-    shared = [replace(setup.recipe.model, num_layers=6 // times, block_repeat=times) for times in (2, 3)]
+    few, backbone = candidates[: options.ablated], setup.recipe.model
+    wide = [replace(candidate, num_layers=backbone.num_layers, attention=()) for candidate in few]
+    deep = [replace(backbone, num_layers=layers) for layers in (4, 3, 2)]
+    shared = [replace(backbone, num_layers=layers, block_repeat=2) for layers in (2, 1)]
     plans: list[tuple[str, str, list]] = [
         *(("variant", variant, wide) for variant in VARIANTS), *(("layers", score, deep) for score in LAYER_SCORES),
         *(("share", share, shared) for share in ("first", "best", "mean")),
@@ -120,8 +120,8 @@ def ablate(setup, candidates: list, options: argparse.Namespace, step_tokens: in
 
 
 def ablation_lines(rows: list[dict]) -> list[str]:
-    titles = {"variant": "widths pruned, all blocks kept", "layers": "5, 4, 3 of 6 blocks kept",
-              "share": "3 blocks run twice, 2 three times"}
+    titles = {"variant": "widths pruned, all blocks kept", "layers": "4, 3, 2 of 5 blocks kept",
+              "share": "2 blocks and 1, each run twice"}
     lines, last = [], None
     for row in rows:
         if row["choice"] != last:

@@ -30,8 +30,8 @@ ROUTINGS = ("plain", "layer", "neuron")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=20)
-    parser.add_argument("--scratch-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=300, help="of each supernet")
+    parser.add_argument("--scratch-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000, help="of each supernet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder")
@@ -64,7 +64,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
     data = prepare_stage(stage.data, tokenizer, stage.seq_len, cache, options.seed)
     texts = held_out_texts(stage.data.sources, item.max_documents, stage.data.held_out_fraction)
     heads = tuple(text.encode()[: item.max_document_bytes].decode(errors="ignore") for text in texts)
-    smallest = replace(tiny.BACKBONE, num_layers=2, hidden_size=64, ffn_size=128, num_heads=2, num_kv_heads=1)
+    smallest = replace(tiny.BACKBONE, num_layers=2, hidden_size=32, ffn_size=64, num_heads=2, num_kv_heads=1)
 
     def draw(generator: random.Random):  # type: ignore[no-untyped-def]
         return tiny.draw_candidates(1, generator.randrange(2**31))[0]

@@ -26,7 +26,7 @@ from stages.state import code_revision, model_document, read_model, read_tokeniz
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions:
-    """How parts are chosen; the defaults did best in `benchmarks/prune_ranking.py` (docs/pruning.md)."""
+    """How parts are chosen. The defaults are not tuned: `benchmarks/prune_ranking.py` compares the choices."""
 
     variant: Variant = "wanda"
     """Score of channels and heads (`stages/importance.py`)."""
