@@ -10,13 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._flash_like import LOSS_NOISE, OUTLIERS, REFERENCE, TIME_NOISE, VARIANTS, Problem
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started as a script, not as a module
+
+from benchmarks._flash_like import LOSS_NOISE, OUTLIERS, REFERENCE, TIME_NOISE, VARIANTS, Problem  # noqa: E402
 
 MARKS = (50, 100, 200)
 BATCH = 8

@@ -37,11 +37,7 @@ class Settings:
     """Candidates that are looked at closely."""
     generations: int = 10
     draws: int = 64
-    bold_every: int = 4
-    """One trial of so many is chosen as if the process knew less than it says."""
-    boldness: float = 3.0
-    """Its deviations are then so many times as large."""
-    optimism: tuple[float, ...] = (0.3, 1.5, 3.0)
+    optimism: tuple[float, ...] = (0.3, 1.5)
     """Deviations below the mean at which the pool's candidates compete: one evolution for each."""
 
 
@@ -232,17 +228,7 @@ class Staged(Book):
                   else np.broadcast_to(self._predict(name, both), shape) for name in goal.metrics}  # fmt: skip
         drawn = _objectives(values, goal)
         at = len(trials)
-        chance = self._chance(found)
-        bold = sum((len(self.trials) + i) % settings.bold_every == 0 for i in range(n))
-        picked = choose_batch(drawn[:, :at], drawn[:, at:], reference, n - bold, chance)
-        if bold:
-            # A process is surest where it has not been: some picks take its deviations for larger than it says.
-            spread = {name: values[name].mean(axis=0) + settings.boldness * (values[name] - values[name].mean(axis=0))
-                      for name in goal.metrics}  # fmt: skip
-            base = np.concatenate([drawn[:, :at], drawn[:, at:][:, picked]], axis=1)
-            more = _objectives(spread, goal)[:, at:]
-            more[:, picked] = np.inf
-            picked += choose_batch(base, more, reference, bold, chance)
+        picked = choose_batch(drawn[:, :at], drawn[:, at:], reference, n, self._chance(found))
         rest = [i for i in draw.permutation(len(found)) if i not in set(picked)]
         return found[[*picked, *rest[: n - len(picked)]]]
 
