@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from modeling.config import ModelConfig
 from quant.spec import QuantSpec
 from stages.config import STAGES, DistillConfig, OptimConfig, StageConfig, TrainConfig
 from stages.errors import InputError
+from tests.helpers.page import Page
 
 MODEL = ModelConfig(vocab_size=512, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=192)
 HOSTILE = "<script>alert('x')</script><img src=\"http://evil.example/x.png\"> & \x00\u202e done"
@@ -119,23 +119,6 @@ def run(tmp_path: Path) -> Path:
 
 def verdicts(run: Path) -> list[str]:
     return [comparison.verdict for comparison in four_comparisons(read_run(run))]
-
-
-class Page(HTMLParser):
-    """Tags, attributes and visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
 
 
 def page_of(run: Path) -> Page:

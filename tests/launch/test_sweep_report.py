@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from launch.sweep_text import interval, quantity, verdict
 from modeling.config import ModelConfig
 from search.records import DeviceRecord, Reading
 from search.store import Store
+from tests.helpers.page import Page
 from tests.helpers.sweep_records import (
     DECODE,
     FOUR_SECONDS,
@@ -33,23 +33,6 @@ from tests.helpers.sweep_records import (
 HOSTILE = "<script>alert('x')</script><img src=\"http://evil.example/x.png\"> & \x00\u202e [red]done[/red]"
 MODEL = ModelConfig(vocab_size=512, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=192,
                     attention=("full", "skip", "window"))  # fmt: skip
-
-
-class Page(HTMLParser):
-    """Tags, attributes and visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
 
 
 @pytest.fixture(scope="module")
