@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.rundir import write_json
 from launch.sweep_config import DeviceConfig, SweepRecipe
+from launch.sweep_score import CandidateScorer
 from modeling.config import ModelConfig
 from search.devices import open_device
 from search.farm import Farm
-from search.front import front, knee, values_of
+from search.front import front, knee
 from search.members import Member, Policy
-from search.quality import TrainedScorer
 from search.readings import LatencyPlan, Readings
 from search.records import Trial
 from search.space import Space
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     from launch.sweep_data import SweepRecord
 
 logger = logging.getLogger(__name__)
-DATABASE = "sweep.db"
+DATABASE, SPEC = "sweep.db", "sweep.toml"
 
 
 def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], tick: Callable[[Store], None]) -> list[Trial]:
@@ -40,16 +38,15 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
     with closing(Store.open(directory / DATABASE, sweep.comparable())) as store:
         backbone, importance = prepare_backbone(sweep, directory, say)
         members = [Member(open_device(name)) for name in sweep.device.names]
-        scorer = TrainedScorer(_training(sweep, directory, backbone, importance))
         build = build_once(directory / "shapes", _write_random, _shape_key)
         farm = Farm(store, members, policy=_policy(sweep.device))
         farm.queue.recover()
         readings = Readings(farm, space, latency_plan(sweep.device), build, tick=lambda: tick(store))
-        # Spawned: a fork of a process that has computed with threads may hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(sweep.quality.processes, mp_context=context) as executor, farm:
-            loop = Sweep(store, space, sweep_plan(sweep), readings, scorer, executor, make_staged, lambda: tick(store))
-            found = loop.run()
+        with ExitStack() as stack:
+            scores = directory / "scores"
+            scorers = [stack.enter_context(closing(CandidateScorer(directory / SPEC, backbone, importance, scores)))
+                       for _ in range(sweep.quality.processes)]  # fmt: skip
+            found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make_staged, lambda: tick(store)).run()
         write_front(directory / "front.json", space, store, found)
         return found
 
@@ -79,16 +76,6 @@ def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], N
     return checkpoint, calibrate(checkpoint, sweep.recipe, sweep.quality.calibration_sequences)
 
 
-def _training(sweep: SweepRecipe, directory: Path, backbone: Path, importance: Path) -> Any:
-    from launch.search_quality import PrunedTraining
-
-    quality = sweep.quality
-    return PrunedTraining(
-        recipe=sweep.recipe, backbone=str(backbone), folder=str(directory / "scores"), importance=str(importance),
-        variant=quality.variant, layers=quality.layers, held_out=quality.held_out,
-    )  # fmt: skip
-
-
 def make_staged(space: Space, plan: SweepPlan, predict: Callable[..., Any]) -> Any:
     from search.optim.base import Domain, Goal
     from search.optim.staged import Settings, Staged
@@ -100,8 +87,8 @@ def make_staged(space: Space, plan: SweepPlan, predict: Callable[..., Any]) -> A
 
 
 def sweep_plan(sweep: SweepRecipe) -> SweepPlan:
-    return SweepPlan(trials=sweep.trials, budget_tokens=sweep.quality.budget_tokens, batch=sweep.batch, confirm=sweep.confirm,
-                     references={"loss": sweep.goal.loss, "ttft_ms": sweep.goal.ttft_ms}, seed=sweep.seed)  # fmt: skip
+    return SweepPlan(trials=sweep.trials, batch=sweep.batch, confirm=sweep.confirm, seed=sweep.seed,
+                     references={"loss": sweep.goal.loss, "ttft_ms": sweep.goal.ttft_ms})  # fmt: skip
 
 
 def latency_plan(device: DeviceConfig) -> LatencyPlan:
@@ -133,14 +120,23 @@ def _shape_key(config: ModelConfig) -> str:
 def write_front(path: Path, space: Space, store: Store, found: list[Trial]) -> None:
     """The front as JSON: candidate, loss, latency measured and predicted, what the confirmation said."""
     confirmed = {event.trial: event.detail for event in store.events("confirmed")}
+    predicted = predictions(store)
     points = []
     for trial in found:
-        config = space.to_config(space.unflatten(trial.config))
+        flat = trial.config["candidate"]
+        config = space.to_config(space.unflatten(flat))
         points.append({
-            "trial": trial.number, "key": trial.key, "candidate": trial.config, "parameters": config.num_params(),
-            **dict(trial.results or {}), "noise": dict(trial.noise), "confirmed": confirmed.get(trial.number),
+            "trial": trial.number, "key": trial.key, "candidate": flat, "parameters": config.num_params(),
+            "predicted_ttft_ms": predicted[trial.number]["ttft_ms"], **dict(trial.results or {}),
+            "noise": dict(trial.noise), "confirmed": confirmed.get(trial.number),
         })  # fmt: skip
     write_json(path, points)
+
+
+def predictions(store: Store) -> dict[int, dict[str, float]]:
+    """By trial: what the latency model said before it was measured."""
+    by_key = {event.detail["key"]: {"ttft_ms": event.detail["ttft_ms"]} for event in reversed(store.events("predicted"))}
+    return {trial.number: by_key[trial.key] for trial in store.trials() if trial.key in by_key}
 
 
 def record_of(sweep: SweepRecipe, store: Store) -> SweepRecord:
@@ -154,7 +150,7 @@ def record_of(sweep: SweepRecipe, store: Store) -> SweepRecord:
     return from_store(
         store, name=sweep.name, objectives=(loss, Objective(**first, reference=goal.ttft_ms)),  # type: ignore[arg-type]
         limits=(Limit(**first, value=goal.ttft_ms),), space_size=space.size(),  # type: ignore[arg-type]
-        to_model=lambda flat: space.to_config(space.unflatten(flat)),
+        to_model=lambda config: space.to_config(space.unflatten(config["candidate"])), predicted=predictions(store),
     )  # fmt: skip
 
 
@@ -179,14 +175,14 @@ def export_picks(sweep: SweepRecipe, directory: Path, count: int, output: Path, 
     made = []
     for trial in knee(found, list(plan.references))[:count]:
         folder = output / f"trial-{trial.number:04d}"
-        config = space.to_config(space.unflatten(trial.config))
+        config = space.to_config(space.unflatten(trial.config["candidate"]))
         options = PruneOptions(variant=sweep.quality.variant, layers=sweep.quality.layers)
         checkpoint = prune_checkpoint(backbone, importance, config, folder, options)
         model, _ = read_model(checkpoint)
         save_toml(replace(sweep.recipe, name=f"{sweep.name}-{trial.number:04d}", model=model), folder / "recipe.toml")
         device = sweep.device
         write_json(folder / "expected.json", {
-            **values_of(trial), "measured": "ttft_ms" in (trial.results or {}), "device": list(device.names),
+            **dict(trial.results or {}), "device": list(device.names),
             "prompt_tokens": device.prompt_tokens, "threads": device.threads, "kv": device.kv,
         })  # fmt: skip
         made.append(folder)
@@ -204,7 +200,10 @@ def disagreements(sweep: SweepRecipe, directory: Path) -> list[str]:
     problems = []
     if len(stored["trials"]) != len(trials):
         problems.append(f"the optimizer knows {len(stored['trials'])} trials, the database has {len(trials)}")
-    for trial, known in zip(trials, stored["trials"], strict=False):
+    for trial in trials:
+        if trial.config["token"] >= len(stored["trials"]):
+            continue
+        known = stored["trials"][trial.config["token"]]
         asked = space.key(space.unflatten(known["config"]))
         if asked != trial.key:
             problems.append(f"trial {trial.number} is {trial.key}, the optimizer asked {asked}")

@@ -202,8 +202,13 @@ class Farm:
     # --- threads -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """A thread a device."""
+        """A thread a device. After `stop` it may be started again; a thread that was not waited for goes on."""
+        self._stop.clear()
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        running = {thread.name for thread in self._threads}
         for member in self.members:
+            if f"device {member.name}" in running:
+                continue
             thread = threading.Thread(target=self._loop, args=(member,), name=f"device {member.name}", daemon=True)
             self._threads.append(thread)
             thread.start()

@@ -18,6 +18,7 @@ import numpy as np
 
 from modeling.config import ModelConfig
 from modeling.identity import config_key
+from search.workers import Infeasible, Score
 
 Status = Literal["ok", "infeasible", "failed"]
 
@@ -62,6 +63,22 @@ class Scorer(Protocol):
     def score(self, candidate: ModelConfig, budget_tokens: int, seed: int) -> Quality:
         """Never raises for what a candidate can do wrong; equal arguments give equal losses."""
         ...
+
+
+def as_score(scorer: Scorer, to_config: Callable[[Mapping[str, Any]], ModelConfig], budget_tokens: int, seed: int) -> Score:
+    """The scorer as a service calls it: candidate in flat form -> named numbers. Its entry `seed`, if any, takes the place of
+    `seed`. Raises Infeasible where the candidate cannot be had, RuntimeError where asking again may help."""
+
+    def score(candidate: Mapping[str, Any]) -> dict[str, float]:
+        found = scorer.score(to_config(candidate), budget_tokens, int(candidate.get("seed", seed)))
+        if found.status == "infeasible":
+            raise Infeasible(found.reason)
+        if found.loss is None:
+            raise RuntimeError(found.reason)
+        start = {} if found.start_loss is None else {"start_loss": found.start_loss}
+        return {"loss": found.loss, "tokens": float(found.tokens), "score_seconds": found.seconds, **start}
+
+    return score
 
 
 @dataclass(frozen=True)

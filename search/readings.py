@@ -64,9 +64,11 @@ class Readings:
     def queue(self) -> JobQueue:
         return self.farm.queue
 
-    def submit(self, name: str, candidate: Candidate, trial: int | None = None) -> int:
-        model = self.build(self.space.to_config(candidate))
-        return self.farm.submit(name, self.plan.request(model), trial=trial, device_class=self.device_class)
+    def request(self, candidate: Candidate) -> MeasureRequest:
+        return self.plan.request(self.build(self.space.to_config(candidate)))
+
+    def submit(self, name: str, candidate: Candidate) -> int:
+        return self.farm.submit(name, self.request(candidate), device_class=self.device_class)
 
     def wait(self, jobs: Sequence[int]) -> list[Job]:
         """The jobs, or what replaced them, when all have ended."""
@@ -90,10 +92,16 @@ class Readings:
     def all(self) -> list[Reading]:
         """Every reading there is, of this stage's jobs and of trials that were measured."""
         found = []
+        trials = {trial.number: trial.key for trial in self.queue.store.trials()}
         for job in self.queue.jobs("ok", kind="measure"):
-            if job.replaces is None and (key := _key(job.name)) is not None:
-                candidate = self.space.from_key(key)
-                reading = self.reading(self.queue.newest(job.id), self.space.to_config(candidate))
+            kind, _, key = job.name.partition("/")
+            if job.trial is not None:
+                key = trials[job.trial]
+            elif kind != "latency":
+                continue
+            if job.replaces is None:
+                config = self.space.to_config(self.space.from_key(key))
+                reading = self.reading(self.queue.newest(job.id), config)
                 found += [reading] if reading is not None else []
         return found
 
@@ -143,9 +151,3 @@ def _worth_most(model: Any, space: Space, pool: list[Candidate], count: int, see
     loss = -np.log([float(config.num_params()) for config in configs])
     picked = choose_readings(model, configs, loss, 0.3, count, seed=seed, latency_limit=limit)
     return [pool[i] for i in picked]
-
-
-def _key(name: str) -> str | None:
-    """`latency/KEY` and `trial/NUMBER/KEY` are readings of an architecture; other jobs are not."""
-    kind, _, rest = name.partition("/")
-    return rest if kind == "latency" else rest.partition("/")[2] if kind == "trial" else None

@@ -29,6 +29,10 @@ all of them back."""
 WORST: tuple[State, ...] = ("infeasible", "failed", "cancelled")
 
 
+class SweepError(ValueError):
+    """The search cannot give what was asked for; says why and what to change."""
+
+
 class Optimizer(Protocol):
     """Ask and tell. The same state and the same answers in the same order give the same questions."""
 
@@ -125,7 +129,7 @@ class Service:
     def _ask(self, wanted: int) -> None:
         asked = self.optimizer.ask(wanted)
         if not asked:
-            raise ValueError(f"the optimizer has no candidate left after {self.store.num_trials()} trials; widen the space or "
+            raise SweepError(f"the optimizer has no candidate left after {self.store.num_trials()} trials; widen the space or "
                              "its limits, or ask for fewer trials")  # fmt: skip
         plans = [self._measures(config) for _, config in asked]
         with self.store.transaction():

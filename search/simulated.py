@@ -58,7 +58,9 @@ class Physics:
 def write_shape(config: ModelConfig, path: Path) -> Path:
     """The architecture alone, as a file that a simulated device takes for a model."""
     shape = {**asdict(config), "attention": config.attention_kinds}
-    path.write_text(json.dumps({"model": shape}, sort_keys=True), encoding="utf-8")
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps({"model": shape}, sort_keys=True), encoding="utf-8")
+    beside.replace(path)  # a device may be reading the one that is there
     return path
 
 

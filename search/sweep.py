@@ -1,18 +1,16 @@
-"""The loop of a search: latency readings, then trials, then the front confirmed; all of it in one database.
+"""A search from the first reading to the confirmed front: latency, then trials (search/service.py), then the front once more.
 
-A trial is scored (a short training), and measured where the latency model says that it may be on the front. The loop owns
-the optimizer and is the database's only writer; killed at any point, it goes on from what is there: trials that were
-running are scored again (a scorer finds what it finished), measurements are jobs that end once, and the optimizer is
-told every answer once, in the order in which the database keeps them.
+The latency model is what the optimizer takes for known while it proposes; every trial is then measured and scored, and the
+model is fitted again before each question. Killed anywhere and started again, a search goes on from its database:
+readings and trials' measurements are jobs that end once, and so is what confirms the front.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,24 +18,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modeling.config import ModelConfig
-from search.front import dominated, front, spread, values_of
-from search.quality import Quality, Scorer
+from search.front import front, spread
 from search.readings import Readings, learn_latency
-from search.records import State, Trial
+from search.records import Job, Results, Trial
+from search.service import Measure, Service, SweepError
 from search.space import Candidate, Space
 from search.store import Store
+from search.workers import Score
 
 if TYPE_CHECKING:
     from search.latency.model import LatencyModel
     from search.optim.base import Optimizer
 
 log = logging.getLogger(__name__)
-class SweepError(ValueError):
-    """The search cannot give what was asked for; says why and what to change."""
-
-
-ALARM = 0.10
-"""A prediction that is off by more is an event."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,49 +38,74 @@ class SweepPlan:
     """How much is tried, and what counts."""
 
     trials: int
-    budget_tokens: int
-    """Of one scoring."""
     references: Mapping[str, float]
     """`loss` and `ttft_ms`: values that are just no longer of use."""
     limits: Mapping[str, float] = field(default_factory=dict)
     batch: int = 8
-    """Trials that may be open at once; when half of them are left, new ones are asked for."""
+    """Trials that may be open at once."""
+    ordered: bool = False
+    """Ask when all of a batch have ended, which makes a search repeatable; else whenever one has."""
     confirm: int = 8
     """Models of the front that are measured and scored a second time."""
     seed: int = 0
+
+
+MakeOptimizer = Callable[[Space, SweepPlan, Callable[..., Any]], "Optimizer"]
 
 
 class Sweep:
     """One search. `run` goes through the phases that are still to do."""
 
     def __init__(
-        self, store: Store, space: Space, plan: SweepPlan, readings: Readings, scorer: Scorer, executor: Executor,
-        make_optimizer: Callable[[Space, SweepPlan, Callable[..., Any]], Optimizer], tick: Callable[[], None] = lambda: None,
+        self, store: Store, space: Space, plan: SweepPlan, readings: Readings, scorers: Sequence[Score],
+        make_optimizer: MakeOptimizer, tick: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        """`scorers` work side by side; each takes a candidate in flat form, with `seed` where it is scored again."""
         self.store, self.space, self.plan, self.readings = store, space, plan, readings
-        self.scorer, self.executor, self.make_optimizer, self.tick = scorer, executor, make_optimizer, tick
+        self.scorers, self.make_optimizer, self.tick = scorers, make_optimizer, tick
         self.latency: LatencyModel | None = None
 
     def run(self) -> list[Trial]:
         """The confirmed front, best quality first."""
-        if self.store.phase == "space":
-            self.store.phase = "latency"
-        self.latency = learn_latency(self.readings, self.plan.seed, self.plan.references.get("ttft_ms"))
-        self._check_reachable()
+        self._enter("latency", after="space")
         if self.store.phase == "latency":
-            self.store.phase = "pareto"
-        self._search()
-        if self.store.phase == "pareto":
-            self.store.phase = "confirm"
-        self._confirm()
-        self.store.phase = "done"
+            with self.readings.farm:
+                self.latency = learn_latency(self.readings, self.plan.seed, self.plan.references["ttft_ms"])
+        else:  # judged once: with the trials' readings the gates might ask for more, and the search would be another
+            self.refit()
+        self._check_reachable()
+        self._enter("pareto", after="latency")
+        service = Service(self.store, self.readings.farm, _Asker(self), _TrialPlan(self), trials=self.plan.trials,
+                          scorers=self.scorers, batch=self.plan.batch, ordered=self.plan.ordered)  # fmt: skip
+        service.run(on_step=self.tick)
+        self._enter("confirm", after="pareto")
+        with self.readings.farm:
+            self._confirm()
+        self._enter("done", after="confirm")
         return self.front()
 
     def front(self) -> list[Trial]:
         return front(self.store.trials("ok"), self.plan.references, self.plan.limits)
 
+    def candidate(self, trial: Trial) -> Candidate:
+        return self.space.unflatten(trial.config["candidate"])
+
+    def predict(self, flats: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+        """Milliseconds to the first token of candidates in flat form: mean and deviation."""
+        assert self.latency is not None
+        return self.latency.predict([self.space.to_config(self.space.unflatten(flat)) for flat in flats])
+
+    def refit(self) -> None:
+        """The latency model, where there are readings that it does not know of."""
+        if self.latency is None or len(self.readings.all()) != len(self.latency.readings):
+            self.latency = self.readings.fit()
+
+    def _enter(self, phase: str, after: str) -> None:
+        if self.store.phase == after:
+            self.store.phase = phase
+
     def _check_reachable(self) -> None:
-        """Raises ValueError where even the fastest architecture that was met is over the limit."""
+        """Raises SweepError where even the fastest architecture that was met is over the limit."""
         assert self.latency is not None
         fastest = min(self.latency.readings, key=lambda reading: reading.value)
         limit = min(self.plan.references["ttft_ms"], self.plan.limits.get("ttft_ms", np.inf))
@@ -96,123 +114,74 @@ class Sweep:
             raise SweepError(f"the fastest of {len(self.latency.readings)} measured candidates takes {fastest.value:.4g} ms, "
                              f"the limit is {limit:.4g}; raise the limit, shorten the prompt or allow smaller models")
 
-    # --- trials ------------------------------------------------------------------------------------------------------
-
-    def _predict(self, flats: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
-        """Milliseconds to the first token of candidates in flat form: mean and deviation."""
-        assert self.latency is not None
-        return self.latency.predict([self.space.to_config(self.space.unflatten(flat)) for flat in flats])
-
-    def _search(self) -> None:
-        optimizer = self.make_optimizer(self.space, self.plan, self._predict)
-        if (snapshot := self.store.snapshot()) is not None:
-            optimizer.load(json.loads(snapshot))
-        scoring: dict[Future[Quality], Trial] = {}
-        measuring: dict[int, Trial] = {}
-        for trial in self.store.trials("waiting", "running"):
-            scoring[self._score(trial)] = trial
-        while True:
-            self._tell(optimizer)
-            started = len(self.store.trials())
-            if started < self.plan.trials and len(scoring) + len(measuring) <= self.plan.batch // 2:
-                wanted = min(self.plan.batch - len(scoring) - len(measuring), self.plan.trials - started)
-                for trial in self._ask(optimizer, wanted):
-                    scoring[self._score(trial)] = trial
-            if not scoring and not measuring:
-                return
-            done, _ = wait(scoring, timeout=0.1, return_when=FIRST_COMPLETED) if scoring else (set(), None)
-            for future in sorted(done, key=lambda one: scoring[one].number):
-                trial = scoring.pop(future)
-                if (job := self._scored(trial, future.result())) is not None:
-                    measuring[job] = trial
-            for job in [job for job in measuring if self.readings.queue.newest(job).ended]:
-                self._measured(measuring.pop(job), job)
-            if not scoring:
-                time.sleep(0.05)
-            self.tick()
-
-    def _ask(self, optimizer: Optimizer, count: int) -> list[Trial]:
-        """New trials, stored together with the optimizer that proposed them. Its tokens are the trials' numbers."""
-        if measured := len(self.readings.all()) - len(self.latency.readings if self.latency else []):
-            log.debug("refitting the latency model with %d new readings", measured)
-            self.latency = self.readings.fit()
-        asked = optimizer.ask(count)
-        candidates = [(self.space.key(self.space.unflatten(flat)), flat) for _, flat in asked]
-        made = self.store.add_trials(candidates, json.dumps(optimizer.state()))
-        if [trial.number for trial in made] != [token for token, _ in asked]:
-            raise SweepError("the database's trials and the optimizer's state are not of one sweep; restore the database")
-        return made
-
-    def _score(self, trial: Trial) -> Future[Quality]:
-        self.store.start_trial(trial.number)
-        config = self.space.to_config(self._candidate(trial))
-        return self.executor.submit(self.scorer.score, config, self.plan.budget_tokens, self.plan.seed)
-
-    def _scored(self, trial: Trial, quality: Quality) -> int | None:
-        """The job that measures the trial, where it is worth one; else it has ended."""
-        if quality.status != "ok" or quality.loss is None:
-            state: State = "infeasible" if quality.status == "infeasible" else "failed"
-            self.store.finish_trial(trial.number, state, reason=quality.reason)
-            return None
-        mean, deviation = (float(values[0]) for values in self._predict([trial.config]))
-        results = {"loss": quality.loss, "predicted_ttft_ms": mean, "predicted_ttft_sd_ms": deviation,
-                   "score_seconds": quality.seconds, "tokens": float(quality.tokens)}  # fmt: skip
-        if quality.start_loss is not None:
-            results["start_loss"] = quality.start_loss
-        self.store.event("scored", trial=trial.number, results=results)
-        hopeful = {"loss": quality.loss, "ttft_ms": mean - 2 * deviation}
-        known = [values_of(other) for other in self.store.trials("ok")]
-        if hopeful["ttft_ms"] > self.plan.references["ttft_ms"] or dominated(hopeful, known, ["loss", "ttft_ms"]):
-            self.store.finish_trial(trial.number, "ok", results, {"predicted_ttft_ms": deviation})
-            return None
-        return self.readings.submit(f"trial/{trial.number}/{trial.key}", self._candidate(trial), trial.number)
-
-    def _measured(self, trial: Trial, job: int) -> None:
-        ended = self.readings.queue.newest(job)
-        scored = [event.detail["results"] for event in self.store.events("scored") if event.trial == trial.number][-1]
-        reading = self.readings.reading(ended, self.space.to_config(self._candidate(trial)))
-        if reading is None:
-            self.store.finish_trial(trial.number, ended.state if ended.state != "ok" else "failed", reason=ended.reason)
-            return
-        off = reading.value / scored["predicted_ttft_ms"] - 1
-        if abs(off) > ALARM:
-            self.store.event("prediction_off", trial=trial.number, off=off)
-        self.store.finish_trial(trial.number, "ok", {**scored, "ttft_ms": reading.value}, {"ttft_ms": reading.std_error or 0.0})
-
-    def _tell(self, optimizer: Optimizer) -> None:
-        """Every ended trial that the optimizer does not know of. Failures are told as such, never as numbers."""
-        for trial in self.store.trials("ok", "infeasible", "failed", "cancelled"):
-            if trial.told is None:
-                known = values_of(trial)
-                values = {name: known[name] for name in (*self.plan.references, *self.plan.limits)} if known else None
-                optimizer.tell(trial.number, values)
-                self.store.tell(trial.number, json.dumps(optimizer.state()))
-
-    def _candidate(self, trial: Trial) -> Candidate:
-        return self.space.unflatten(trial.config)
-
-    # --- the front, once more --------------------------------------------------------------------------------------
-
     def _confirm(self) -> None:
-        """Measure and score the front's models again; what that gives is an event `confirmed` of the trial.
+        """Measure the front's models again and score them with another seed; what that gives is an event `confirmed`."""
+        known = {event.trial for event in self.store.events("confirmed")}
+        chosen = [trial for trial in spread(self.front(), list(self.plan.references), self.plan.confirm)
+                  if trial.number not in known]  # fmt: skip
+        with ThreadPoolExecutor(len(self.scorers) or 1) as pool:
+            again = {"seed": self.plan.seed + 1}
+            scores = [pool.submit(self.scorers[i % len(self.scorers)], {**trial.config["candidate"], **again})
+                      for i, trial in enumerate(chosen) if self.scorers]  # fmt: skip
+            for i, trial in enumerate(chosen):
+                job = self.readings.submit(f"confirm/{trial.number}/{trial.key}", self.candidate(trial))
+                ended = self.readings.wait([job])[0]
+                loss, reason = None, ended.reason
+                try:
+                    loss = scores[i].result()["loss"] if scores else None
+                except (ValueError, RuntimeError) as error:  # what a scorer says of a candidate, or of itself
+                    reason = str(error)
+                results = dict(trial.results or {})
+                self.store.event("confirmed", trial=trial.number, losses=[results.get("loss"), loss], reason=reason,
+                                 ttft_ms=[results.get("ttft_ms"), (ended.results or {}).get("ttft_ms")])  # fmt: skip
+                self.tick()
 
-        A trial that was only predicted so far gets its measured latency, and may leave the front by it.
-        """
-        names = list(self.plan.references)
-        for trial in spread(self.front(), names, self.plan.confirm):
-            if any(event.trial == trial.number for event in self.store.events("confirmed")):
-                continue
-            config = self.space.to_config(self._candidate(trial))
-            second = self.executor.submit(self.scorer.score, config, self.plan.budget_tokens, self.plan.seed + 1)
-            job = self.readings.wait([self.readings.submit(f"confirm/{trial.number}/{trial.key}", self._candidate(trial))])[0]
-            quality, reading = second.result(), self.readings.reading(job, config)
-            if reading is not None and "ttft_ms" not in (trial.results or {}):
-                self.store.amend_trial(trial.number, {**dict(trial.results or {}), "ttft_ms": reading.value},
-                                       {"ttft_ms": reading.std_error or 0.0})  # fmt: skip
-            self.store.event("confirmed", trial=trial.number, losses=[values_of(trial)["loss"], quality.loss],
-                             ttft_ms=[values_of(trial).get("ttft_ms"), reading.value if reading is not None else None],
-                             reason=quality.reason or job.reason)  # fmt: skip
-            self.tick()
+
+class _Asker:
+    """The optimizer as the service knows one: before it is asked, the latency model learns of the newest readings."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.optimizer = sweep.make_optimizer(sweep.space, sweep.plan, sweep.predict)
+
+    def ask(self, n: int) -> Sequence[tuple[Any, Mapping[str, Any]]]:
+        self.sweep.refit()
+        asked = self.optimizer.ask(n)
+        if asked:
+            means, deviations = self.sweep.predict([flat for _, flat in asked])
+            for (_, flat), mean, deviation in zip(asked, means, deviations, strict=True):
+                key = self.sweep.space.key(self.sweep.space.unflatten(flat))
+                self.sweep.store.event("predicted", key=key, ttft_ms=float(mean), deviation=float(deviation))
+        return asked
+
+    def tell(self, token: Any, results: Results | None, noise: Results) -> None:
+        self.optimizer.tell(token, results, noise or None)
+
+    def state(self) -> str:
+        return json.dumps(self.optimizer.state())
+
+    def load(self, state: str) -> None:
+        self.optimizer.load(json.loads(state))
+
+
+class _TrialPlan:
+    """What a trial is: one measurement, and what the scorer says."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+
+    def key(self, config: Mapping[str, Any]) -> str:
+        return self.sweep.space.key(self.sweep.space.unflatten(config))
+
+    def measures(self, config: Mapping[str, Any]) -> Sequence[Measure]:
+        readings = self.sweep.readings
+        request = readings.request(self.sweep.space.unflatten(config))
+        return [Measure(name="ttft", request=request, device_class=readings.device_class)]
+
+    def results(self, measured: Mapping[str, Job], scores: Results) -> tuple[Results, Results]:
+        job = measured["ttft"]
+        errors = next(item.errors for item in self.sweep.readings.queue.readings(job.id) if item.role == "result")
+        return {**scores, "ttft_ms": (job.results or {})["ttft_ms"]}, {"ttft_ms": errors.get("ttft_ms", 0.0)}
 
 
 def build_once(

@@ -16,9 +16,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 Score = Callable[[Mapping[str, Any]], Mapping[str, float]]
+ROOT = str(Path(__file__).resolve().parent.parent)
+"""For workers that are started in another folder."""
 
 
 class WorkerLost(RuntimeError):
@@ -40,8 +43,10 @@ class ProcessScorer:
     def __call__(self, config: Mapping[str, Any]) -> Mapping[str, float]:
         """Raises WorkerLost, Infeasible."""
         if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen([sys.executable, "-m", "search.workers", self.function], stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+            path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+            command = [sys.executable, "-m", "search.workers", self.function]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                             env={**os.environ, "PYTHONPATH": path})  # fmt: skip
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         limit = threading.Timer(self.timeout_s, process.kill) if self.timeout_s is not None else None

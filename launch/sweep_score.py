@@ -1,0 +1,52 @@
+"""What a scoring process of a search runs: `python -m search.workers launch.sweep_score:score`.
+
+The process gets plain JSON: the sweep's file, the backbone and a candidate. It builds its training once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from launch.config import read_toml
+from launch.search_quality import PrunedTraining
+from launch.sweep_config import from_dict
+from search.quality import TrainedScorer, as_score
+from search.workers import ProcessScorer, Score
+from stages.errors import InputError
+
+
+class CandidateScorer:
+    """A `Score` behind a process of its own; see the module."""
+
+    def __init__(self, sweep_file: Path, backbone: Path, importance: Path, folder: Path) -> None:
+        self.process = ProcessScorer("launch.sweep_score:score")
+        self.task = [str(path.resolve()) for path in (sweep_file, backbone, importance, folder)]
+
+    def __call__(self, candidate: Mapping[str, Any]) -> Mapping[str, float]:
+        return self.process({"task": self.task, "candidate": dict(candidate)})
+
+    def close(self) -> None:
+        self.process.close()
+
+
+def score(request: Mapping[str, Any]) -> Mapping[str, float]:
+    """Raises Infeasible for the candidate's own faults, RuntimeError for what asking again may mend."""
+    try:
+        return _scorer(*request["task"])(request["candidate"])
+    except InputError as error:  # of the backbone or the data, not of this candidate: never a verdict on it
+        raise RuntimeError(str(error)) from None
+
+
+@cache
+def _scorer(sweep_file: str, backbone: str, importance: str, folder: str) -> Score:
+    sweep = from_dict(read_toml(Path(sweep_file)), sweep_file)
+    space, quality = sweep.make_space(), sweep.quality
+    training = PrunedTraining(
+        recipe=sweep.recipe, backbone=backbone, folder=folder, importance=importance, variant=quality.variant,
+        layers=quality.layers, held_out=quality.held_out,
+    )  # fmt: skip
+    return as_score(TrainedScorer(training), lambda flat: space.to_config(space.unflatten(flat)), quality.budget_tokens,
+                    sweep.seed)  # fmt: skip
