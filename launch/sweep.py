@@ -56,14 +56,18 @@ def main() -> None:
 
 
 def _check_devices(sweep: SweepRecipe) -> None:
-    """Their names make sense, before minutes go into a backbone."""
-    from search.devices import open_device
+    """They have known names and answer, before minutes go into a backbone."""
+    from search.devices import DeviceError, open_device
+    from search.members import Member
 
     for name in sweep.device.names:
         try:
-            open_device(name)
+            if not Member(open_device(name)).alive():
+                raise RunError(f"device {name} does not answer; start it, or name another with --device")
         except ValueError as error:
             raise InputError(str(error)) from None
+        except DeviceError as error:
+            raise RunError(str(error)) from None
 
 
 def _verb(verb: str, argv: list[str]) -> None:
@@ -88,6 +92,7 @@ def _verb(verb: str, argv: list[str]) -> None:
         if options.trials is not None:
             sweep = replace(sweep, trials=options.trials)
             save_sweep(sweep, saved)
+        _check_devices(sweep)
         _run(sweep, options.directory)
     elif verb == "status":
         _status(options.directory, sweep)
@@ -111,6 +116,7 @@ def _run(sweep: SweepRecipe, directory: Path) -> None:
     from launch.sweep_live import live_table
     from launch.sweep_run import record_of, run_sweep
     from search.database import StoreError
+    from search.devices import DeviceError
 
     logging.basicConfig(level=logging.WARNING)
     console = Console(stderr=True)
@@ -134,6 +140,8 @@ def _run(sweep: SweepRecipe, directory: Path) -> None:
             found = run_sweep(sweep, directory, _say, tick)
     except StoreError as error:
         raise InputError(str(error)) from None
+    except DeviceError as error:
+        raise RunError(f"{error}; launch/sweep.py resume {directory} goes on") from None
     _status(directory, sweep)
     if not found:
         raise RunError("no model is within the limits; raise goal.ttft_ms or goal.loss, or let it try more (resume --trials N)")

@@ -67,6 +67,11 @@ def test_what_is_wrong_is_one_line(searched, tmp_path):
         done = command("sweep", *arguments, cwd=tmp_path)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.count("error:") == 1
+    silent = command("sweep", "--recipe", "smoke_search", "--device", "agent://127.0.0.1:1", "--output-dir", tmp_path / "y",
+                     cwd=tmp_path)  # fmt: skip
+    assert silent.returncode == 1 and "device agent://127.0.0.1:1 does not answer" in silent.stderr
+    assert "Traceback" not in silent.stderr
+    assert not (tmp_path / "y").exists()
 
 
 @pytest.mark.parametrize("name", SWEEPS)
