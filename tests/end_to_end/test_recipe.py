@@ -1,43 +1,16 @@
-"""The whole path as a user runs it: four stages, export, evaluation, report; then resume, and a killed worker."""
+"""The whole path as a user runs it: four stages, export, evaluation, report; then resume."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.commands import launch, rows, torchrun
+
 STAGES = ("pretrain", "midtrain", "sft", "qat")
-
-
-def environment() -> dict[str, str]:
-    dropped = {"POCKETFORGE_DATA", "RAY_ADDRESS"}
-    return {**{key: value for key, value in os.environ.items() if key not in dropped}, "OMP_NUM_THREADS": "1"}
-
-
-def launch(name: str, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments], env=environment(),
-                          cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    return done
-
-
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`launch/pretrain.py` as two processes, without Ray."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / "launch" / "pretrain.py"), *arguments]  # fmt: skip
-    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -178,40 +151,3 @@ def test_a_chosen_stage_starts_from_the_finished_one_before_it(tmp_path: Path) -
     assert [entry["stage"] for entry in chain] == ["pretrain", "midtrain"]
     assert chain[0]["checkpoint"] in chain[1]["parent"]
     assert {row["stage"] for row in json.loads((run / "samples.json").read_text())} == {"pretrain", "midtrain"}
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_worker_killed_in_mid_run_is_restarted_and_the_losses_are_the_same(tmp_path: Path) -> None:
-    """Two Ray workers; rank 1 is killed with SIGKILL; Ray Train restarts the group, which resumes from a checkpoint.
-
-    The undisturbed run is torchrun's: the same two processes without Ray's start.
-    """
-    options = ["--recipe", "smoke", "--launch.workers", "2", "--train.steps", "60", "--checkpoint.every", "10",
-               "--train.held_out", "[]", "--tracking.wandb", "disabled"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    plain = torchrun(*options, "--output-dir", str(whole))
-    assert plain.returncode == 0, plain.stderr
-    process = subprocess.Popen([sys.executable, str(ROOT / "launch" / "pretrain.py"), *options, "--output-dir", str(killed)],
-                               env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        _wait_for(lambda: any((killed / "pretrain" / "checkpoints").glob("step-*/commit.json")), process)
-        victims = [child for child in psutil.Process(process.pid).children(recursive=True)
-                   if "RayTrainWorker" in " ".join(child.cmdline() or [""])]
-        assert victims, "no Ray Train worker found to kill"
-        victims[-1].send_signal(signal.SIGKILL)
-        assert process.wait(timeout=280) == 0, process.stderr.read() if process.stderr else ""
-    finally:
-        process.kill()
-    assert [(row["step"], row["loss"]) for row in rows(killed / "pretrain")] == [
-        (row["step"], row["loss"]) for row in rows(whole / "pretrain")
-    ]
-
-
-def _wait_for(condition, process: subprocess.Popen[str], seconds: float = 240) -> None:  # type: ignore[no-untyped-def]
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be disturbed"
-        assert time.monotonic() < end, "nothing happened in time"
-        time.sleep(0.02)

@@ -8,38 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import HeldOutConfig, TokenizerConfig
 from launch import ray_runner
-from launch.config import LaunchConfig, Recipe, TrackingConfig
 from launch.search_quality import PrunedTraining, read_quality
 from search.quality import TrainedScorer
-from stages.config import OptimConfig, StageConfig, TrainConfig
+from stages.config import OptimConfig
 from stages.errors import InputError, NonFiniteError, RunError
-from stages.importance_file import Calibration, calibrate_checkpoint
-from tests.helpers.stage_jobs import MODEL, pretrain_job, run_job, text_data
+from tests.helpers.pruned_training import pruned_training, train_backbone
+from tests.helpers.stage_jobs import MODEL
 
 TOKENS = 4 * 32 * 6
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("backbone")
-    run_job(pretrain_job(folder, steps=30, lr=1e-2))
-    return folder
+    return train_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture
 def training(backbone: Path, tmp_path: Path) -> PrunedTraining:
-    data = text_data(backbone)
-    stage = StageConfig(data=data, optim=OptimConfig(lr=3e-3, warmup_steps=4), steps=99, seq_len=32, global_batch=4)
-    recipe = Recipe(
-        name="tiny", model=MODEL, tokenizer=TokenizerConfig(vocab_size=300, train_bytes=20_000), pretrain=stage,
-        train=TrainConfig(held_out=(HeldOutConfig(name="texts", sources=("texts",), max_documents=4),)),
-        launch=LaunchConfig(threads_per_worker=1), tracking=TrackingConfig(wandb="disabled"),
-    )  # fmt: skip
-    importance = calibrate_checkpoint(backbone / "run", data, Calibration(sequences=4, seq_len=32), backbone / "cache")
-    return PrunedTraining(recipe=recipe, backbone=str(backbone / "run"), importance=str(importance),
-                          folder=str(tmp_path / "trials"))  # fmt: skip
+    return pruned_training(backbone, tmp_path / "trials")
 
 
 def test_a_candidate_is_pruned_trained_and_scored_once(training: PrunedTraining):
@@ -117,16 +104,3 @@ def test_a_worker_on_ray_reports_its_error_as_what_it_was(kind, monkeypatch):
     with pytest.raises(kind, match="loss nan") as caught:
         ray_runner._raise_reported("key")
     assert type(caught.value) is kind
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.xdist_group("ray")
-def test_on_ray_two_workers_share_a_candidate_and_divergence_comes_back_as_such(training: PrunedTraining, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    workers = LaunchConfig(workers=2, cpus_per_worker=0.5, threads_per_worker=1)
-    assert training.recipe.pretrain is not None
-    wild = replace(training.recipe.pretrain, optim=OptimConfig(lr=1e30))
-    quality = replace(training, recipe=replace(training.recipe, launch=workers, pretrain=wild))(MODEL, TOKENS, 0)
-    assert quality.status == "infeasible" and "nan" in quality.reason, quality.reason
-    assert quality.start_loss is None and quality.seconds > 0
