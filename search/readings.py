@@ -119,6 +119,8 @@ def learn_latency(readings: Readings, seed: int, limit: float | None = None) -> 
 
     Raises ValueError where too few readings came back to fit anything.
     """
+    from search.latency.evidence import evidence
+
     space, plan, queue = readings.space, readings.plan, readings.queue
     first = space.sample(random.Random(seed), plan.readings)
     jobs = [readings.submit(f"latency/{space.key(candidate)}", candidate) for candidate in first]
@@ -128,7 +130,7 @@ def learn_latency(readings: Readings, seed: int, limit: float | None = None) -> 
     while True:
         model = readings.fit()
         report = model.report()
-        queue.store.event("latency_model", report=report.to_dict(), bought=len(jobs))
+        queue.store.event("latency_model", report=report.to_dict(), bought=len(jobs), **evidence(model))
         if report.passed or len(jobs) >= plan.max_readings:
             return model
         known = {queue.job(job).name.removeprefix("latency/") for job in jobs}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modeling.config import ModelConfig
+from search.alarms import raise_alarms
 from search.front import front, spread
 from search.readings import Readings, learn_latency
 from search.records import Job, Results, Trial
@@ -155,6 +156,7 @@ class _Asker:
         return asked
 
     def tell(self, token: Any, results: Results | None, noise: Results) -> None:
+        raise_alarms(self.sweep.store)
         self.optimizer.tell(token, results, noise or None)
 
     def state(self) -> str:
