@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launch.rundir import write_json
 from launch.sweep_config import DeviceConfig, SweepRecipe
 from launch.sweep_score import CandidateScorer
+from launch.sweep_wandb import SweepWatch
 from modeling.config import ModelConfig
 from search.devices import open_device
 from search.farm import Farm
@@ -35,7 +36,7 @@ DATABASE, SPEC = "sweep.db", "sweep.toml"
 def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], tick: Callable[[Store], None]) -> list[Trial]:
     """All phases that are still to do; the confirmed front."""
     space = sweep.make_space()
-    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store:
+    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store, SweepWatch(sweep, directory, store.path):
         backbone, importance = prepare_backbone(sweep, directory, say)
         members = [Member(open_device(name)) for name in sweep.device.names]
         build = build_once(directory / "shapes", _write_random, _shape_key)
@@ -47,7 +48,7 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
             scorers = [stack.enter_context(closing(CandidateScorer(directory / SPEC, backbone, importance, scores)))
                        for _ in range(sweep.quality.processes)]  # fmt: skip
             found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make_staged, lambda: tick(store)).run()
-        write_front(directory / "front.json", space, store, found)
+        write_front(directory / "front.json", space, store, found, record_of(sweep, store))
         return found
 
 
@@ -117,18 +118,22 @@ def _shape_key(config: ModelConfig) -> str:
 # --- what comes out -------------------------------------------------------------------------------------------------
 
 
-def write_front(path: Path, space: Space, store: Store, found: list[Trial]) -> None:
-    """The front as JSON: candidate, loss, latency measured and predicted, what the confirmation said."""
+def write_front(path: Path, space: Space, store: Store, found: list[Trial], record: SweepRecord) -> None:
+    """The front as JSON: candidate, loss, latency measured and predicted, what the confirmation said. Models that it speaks
+    against come last, with the reason in `dropped`."""
+    gone = {point.trial: point.reason for point in record.dropped}
+    ends = {point.trial: point.intervals for point in (*record.front, *record.dropped)}
     confirmed = {event.trial: event.detail for event in store.events("confirmed")}
     predicted = predictions(store)
     points = []
-    for trial in found:
+    for trial in sorted(found, key=lambda trial: trial.number in gone):
         flat = trial.config["candidate"]
         config = space.to_config(space.unflatten(flat))
         points.append({
             "trial": trial.number, "key": trial.key, "candidate": flat, "parameters": config.num_params(),
             "predicted_ttft_ms": predicted[trial.number]["ttft_ms"], **dict(trial.results or {}),
             "noise": dict(trial.noise), "confirmed": confirmed.get(trial.number),
+            "intervals": ends.get(trial.number, {}), "dropped": gone.get(trial.number),
         })  # fmt: skip
     write_json(path, points)
 
