@@ -15,6 +15,7 @@ from launch.sweep_data import (
     Gate,
     LatencyReport,
     Limit,
+    Metric,
     Numbers,
     Objective,
     Pair,
@@ -25,6 +26,7 @@ from launch.sweep_data import (
     TrialRecord,
 )
 from modeling.config import ModelConfig
+from search.metrics import Point, parse_metric
 
 if TYPE_CHECKING:
     from search.records import Event
@@ -62,7 +64,7 @@ def from_store(
             duplicate_of=trial.duplicate_of))  # fmt: skip
     events = store.events()
     if not latency:
-        latency = _reported(events, objectives, limits)
+        latency = _reported(events, (*objectives, *limits))
     record = SweepRecord(
         name=name, objectives=tuple(objectives), limits=tuple(limits), fidelity=chosen, phase=store.phase, trials=tuple(trials),
         latency=tuple(latency), ranking=ranking, devices=_devices(store, events),
@@ -130,28 +132,39 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float
     return {name: value for name, value in numbers.items() if not name.startswith(PREDICTED)}, guessed
 
 
-def _reported(
-    events: Sequence[Event], objectives: Sequence[Objective], limits: Sequence[Limit]
-) -> tuple[LatencyReport, ...]:
-    """The last stored report of the model of the time to the first token; an older search's has no pairs and no proxies."""
+def _reported(events: Sequence[Event], metrics: Sequence[Metric]) -> tuple[LatencyReport, ...]:
+    """Of every number of the device the last stored report, those in `metrics` first. An older search's event names no
+    metric, for it had one, and has no pairs and no proxies."""
+    last = {str(event.detail.get("metric", "ttft_ms")): event.detail for event in events if event.kind == "latency_model"
+            and isinstance(event.detail.get("report"), Mapping)}  # fmt: skip
+    known = {metric.name: metric for metric in metrics}
+    named = [known.get(name) or _device_metric(name) for name in sorted(last, key=lambda name: (name not in known, name))]
+    return tuple(_report(metric, last[metric.name]) for metric in named if metric is not None)
+
+
+def _device_metric(name: str) -> Metric | None:
+    """A number that is no objective and no limit; None for what this version does not know."""
+    try:
+        found = parse_metric(name, Point(1))
+    except ValueError:
+        return None
+    return Metric(name=name, label=found.label(), unit=found.unit)
+
+
+def _report(metric: Metric, detail: Mapping[str, Any]) -> LatencyReport:
     from search.latency.gates import LIMITS
 
-    details = [event.detail for event in events if event.kind == "latency_model"
-               and isinstance(event.detail.get("report"), Mapping)]  # fmt: skip
-    metric = next((metric for metric in (*objectives, *limits) if metric.name == "ttft_ms"), None)
-    if not details or metric is None:
-        return ()
-    said = details[-1]["report"]
-    figures, counts = _numbers(said), details[-1].get("proxies")
+    said, counts = detail["report"], detail.get("proxies")
+    figures = _numbers(said)
     ranks = {str(name): _numbers(found) for name, found in (counts.items() if isinstance(counts, Mapping) else ())
              if isinstance(found, Mapping)}  # fmt: skip
-    return (LatencyReport(
+    return LatencyReport(
         metric=metric, readings=int(figures.get("readings", 0)), passed=said.get("passed") is True,
         model=Predictor(name=str(said.get("kind", "?")), **{name: figures.get(name) for name in FIGURES}),
         gates=tuple(Gate(name=name, value=figures.get(name), low=low, high=high) for name, (low, high) in LIMITS.items()),
         proxies=tuple(Predictor(name=name, spearman=found.get("spearman"), kendall=found.get("kendall"))
                       for name, found in ranks.items()),
-        pairs=_pairs(details[-1].get("held_out"))),
+        pairs=_pairs(detail.get("held_out")),
     )  # fmt: skip
 
 

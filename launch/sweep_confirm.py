@@ -5,7 +5,6 @@ A search picks the best of many noisy numbers, so a winner's first number flatte
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,8 +45,8 @@ class Confirmation:
 
 
 def confirmations(store: Store, trials: Sequence[TrialRecord]) -> dict[int, Confirmation]:
-    """By trial: what the events `confirmed` say, with the errors of the measurements behind them."""
-    known, errors = {trial.number: trial for trial in trials}, _errors(store)
+    """By trial: what the events `confirmed` say. Those of older searches have no errors."""
+    known = {trial.number: trial for trial in trials}
     samples: dict[str, dict[int, Sample]] = {}
     again: dict[int, dict[str, float]] = {}
     reasons: dict[int, str] = {}
@@ -56,6 +55,7 @@ def confirmations(store: Store, trials: Sequence[TrialRecord]) -> dict[int, Conf
         if trial is None:
             continue
         again[trial.number], reasons[trial.number] = {}, str(event.detail.get("reason") or "")
+        errors = event.detail.get("errors")
         for key, values in event.detail.items():
             name = _NAMES.get(key, key)
             if not isinstance(values, list) or name not in (trial.results or {}):
@@ -64,7 +64,8 @@ def confirmations(store: Store, trials: Sequence[TrialRecord]) -> dict[int, Conf
             if more:
                 again[trial.number][name] = more[0]
             first = (trial.results or {})[name]  # as it counts now: the event has what counted then
-            found = [trial.noise.get(name, 0.0), *(errors.get((name, value), 0.0) for value in more)]
+            error = errors.get(name) if isinstance(errors, Mapping) else None
+            found = [trial.noise.get(name, 0.0), *[error if _is_number(error) else 0.0] * len(more)]
             samples.setdefault(name, {})[trial.number] = Sample((first, *more), tuple(found))
     ends = {name: intervals(of) for name, of in samples.items()}
     return {number: Confirmation(again=again[number], reason=reasons[number],
@@ -139,17 +140,6 @@ def _dominates(one: FrontPoint, other: FrontPoint, objectives: Sequence[Objectiv
     worst = [max(goal.sign * end for end in one.intervals[goal.name]) for goal in objectives]
     best = [min(goal.sign * end for end in other.intervals[goal.name]) for goal in objectives]
     return worst != best and all(a <= b for a, b in zip(worst, best, strict=True))
-
-
-def _errors(store: Store) -> dict[tuple[str, float], float]:
-    """Of the measurements that confirm: (result, value) -> its standard error. A value of many digits is its own name."""
-    rows = store.rows("SELECT measurements.results, errors FROM measurements JOIN jobs ON jobs.id = job"
-                      " WHERE jobs.name LIKE 'confirm/%'")  # fmt: skip
-    found: dict[tuple[str, float], float] = {}
-    for row in rows:
-        values, errors = json.loads(row["results"]), json.loads(row["errors"])
-        found |= {(name, value): errors.get(name, 0.0) for name, value in values.items() if _is_number(errors.get(name))}
-    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -258,6 +258,11 @@ class SweepRecord:
         return list({metric.name: metric for metric in (*self.limits, *self.objectives)}[name]
                     for name in dict.fromkeys(metric.name for metric in (*self.objectives, *self.limits)))  # fmt: skip
 
+    def needed_models(self) -> list[LatencyReport]:
+        """Reports of what is an objective or limited; the others are of what was measured beside it."""
+        needed = {metric.name for metric in self.metrics()}
+        return [report for report in self.latency if report.metric.name in needed]
+
     def to_json(self) -> str:
         """Numbers that are not finite are left out."""
         return json.dumps(_finite(dataclasses.asdict(self)), allow_nan=False, indent=1)

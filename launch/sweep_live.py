@@ -56,7 +56,7 @@ def _facts(record: SweepRecord) -> Table:
     gone = f", {len(record.dropped)} dropped after a second measurement" if record.dropped else ""
     rows = [("trials", ended, ""), ("front", f"{len(record.front)}{gone}", ""),
             ("hypervolume", f"{factor * record.hypervolume[-1]:.4g} {unit}" if record.hypervolume else "-", "")]
-    for report in record.latency:
+    for report in record.needed_models():
         off = "-" if report.model.mape is None else f"{report.model.mape:.2g} % off"
         ranked = "" if report.model.kendall is None else f", Kendall {report.model.kendall:.3f}"
         rows.append((f"model of {report.metric.words}", f"{off}{ranked}, {report.readings} readings, {usable(report)}", ""))

@@ -204,7 +204,7 @@ def facts(record: SweepRecord) -> list[tuple[str, str, str]]:
         factor, unit = volume_scale(record)
         below = ", ".join(f"{goal.words} {quantity(goal.reference, goal)}" for goal in record.objectives)
         found.append(("Hypervolume", f"{factor * record.hypervolume[-1]:,.4g} {unit}".rstrip(), f"reference: {below}"))
-    for report in record.latency:
+    for report in record.needed_models():
         figures = [f"R\N{SUPERSCRIPT TWO} {report.model.r2:.3f}" if report.model.r2 is not None else "",
                    f"{report.model.mape:.2g} % off on average" if report.model.mape is not None else ""]
         found.append((f"Model of {report.metric.words}", "usable" if report.passed else "not good enough",

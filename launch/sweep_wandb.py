@@ -77,7 +77,7 @@ class SweepWatch:
         told = store.told()
         if len(told) == self._logged and not last:
             return
-        record, work = record_of(self.sweep, store), measured_by(store)
+        record, work = record_of(self.sweep, store, self.directory), measured_by(store)
         trials = {trial.number: trial for trial in record.trials}
         for place, trial in enumerate(told[self._logged :], self._logged + 1):
             row = {"step": STEPS * place, **trial_row(trials[trial.number], trial, work.get(trial.number))}
@@ -137,7 +137,7 @@ def round_row(record: SweepRecord, hypervolume: float, number: int, *, now: bool
     row: dict[str, Any] = {"round/number": number, "round/trials": len(record.trials), "round/hypervolume": hypervolume,
                            "round/front_size": len(front_of(record))}  # fmt: skip
     failures = Counter(trial.state for trial in record.trials if trial.state != "ok")
-    for report in record.latency:
+    for report in record.needed_models():
         offs = [100 * abs(miss.off) for miss in record.tried(report.metric.name)]
         row[f"round/predictor/{report.metric.name}/held_out_percent"] = report.model.mape
         if offs:

@@ -11,8 +11,6 @@ from launch.sweep_confirm import Confirmation, Sample, confirm, intervals
 from launch.sweep_data import FrontPoint, Limit
 from launch.sweep_report import render_sweep
 from modeling.config import ModelConfig
-from search.jobs import JobQueue
-from search.records import DeviceRecord, Reading
 from search.store import Store
 from tests.helpers.page import Page
 from tests.helpers.sweep_records import FOUR_SECONDS, LOSS, TTFT
@@ -92,18 +90,13 @@ def test_what_was_not_confirmed_neither_drops_nor_is_dropped():
 
 def again(store, number, values, errors, second_loss):
     """A second measurement and scoring as the search leaves them."""
-    queue, trial = JobQueue(store), store.trial(number)
-    queue.submit(f"confirm/{number}/{trial.key}", {})
-    lease = queue.lease("phone", "", 60)
-    reading = Reading(device="phone", fidelity="device", status="ok", values=values, errors=errors, samples=[])
-    assert queue.finish(lease, "ok", values, readings=[(reading, "result")])
-    store.event("confirmed", trial=number, losses=[trial.results["loss"], second_loss], reason="",
+    trial = store.trial(number)
+    store.event("confirmed", trial=number, losses=[trial.results["loss"], second_loss], reason="", errors=errors,
                 ttft_ms=[trial.results["ttft_ms"], values["ttft_ms"]])  # fmt: skip
 
 
 def test_the_database_gives_confirmed_intervals_and_the_page_names_what_is_dropped(tmp_path):
     with Store.open(tmp_path / "sweep.db", {}) as store:
-        store.put_device(DeviceRecord(name="phone", device_class="", fidelity="device"))
         store.add_trials([(key, {}) for key in "abc"])
         for number, (loss, ttft) in enumerate(((2.40, 2000.0), (2.42, 1900.0), (2.6, 1000.0))):
             store.finish_trial(number, "ok", {"loss": loss, "ttft_ms": ttft}, {"ttft_ms": 5.0})
@@ -115,7 +108,6 @@ def test_the_database_gives_confirmed_intervals_and_the_page_names_what_is_dropp
     assert (low, high) == (pytest.approx(2002 - 1.96 * 5 / 2**0.5), pytest.approx(2002 + 1.96 * 5 / 2**0.5))
     assert [item.trial for item in found.front] == [0, 1, 2] and not found.dropped, "its two losses make it unsure"
     with Store.open(tmp_path / "sure.db", {}) as store:
-        store.put_device(DeviceRecord(name="phone", device_class="", fidelity="device"))
         store.add_trials([(key, {}) for key in "abc"])
         for number, (loss, ttft) in enumerate(((2.40, 2000.0), (2.43, 1999.0), (2.6, 1000.0))):
             store.finish_trial(number, "ok", {"loss": loss, "ttft_ms": ttft}, {"ttft_ms": 5.0})

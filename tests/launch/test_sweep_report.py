@@ -354,6 +354,21 @@ def test_predictions_stand_for_what_was_not_measured_and_say_so(tmp_path: Path) 
     assert "~2 s" in shown(found) and "1 trial: median 3.2 % off, worst -3.2 % (trial 1)" in shown(found)
 
 
+def test_every_number_of_a_device_has_its_newest_report_and_those_not_searched_by_come_last(tmp_path: Path) -> None:
+    fits = (("peak_memory_mib", 0.5), ("ttft_ms", 9.0), ("ttft_ms", 2.5), ("decode_ms@512x2", 7.5), ("joules", 1.0))
+    with Store.open(tmp_path / "sweep.db", {}) as store:
+        for name, mape in fits:
+            report = {"kind": "gp", "readings": 40, "mape": mape, "passed": True}
+            store.event("latency_model", metric=name, bought=40, report=report)
+        found = from_store(store, name="demo", objectives=(LOSS, TTFT), limits=(FOUR_SECONDS,))
+    reports = [(report.metric.words, report.model.mape) for report in found.latency]
+    decode = "time of a decoded token at 512 tokens, 2 threads"
+    assert reports == [("time to first token", 2.5), (decode, 7.5), ("peak memory", 0.5)]
+    text = Page(render_sweep(found)).text
+    assert "also measured, not searched by" in text and f"{decode} 40 – 7.5 –" in text
+    assert "model of time to first token" in shown(found) and "model of peak memory" not in shown(found)
+
+
 def test_a_fitted_latency_model_brings_its_pairs_gates_and_proxies(tmp_path: Path) -> None:
     import random
 
