@@ -67,6 +67,14 @@ class DeviceConfig:
     """How far off its first time that model may be, as a share."""
     cool_s: Annotated[float, Ge(0)] = 120.0
     """Pause of a device that is found to have drifted."""
+    max_c: Annotated[float, Ge(0), Le(120)] = 0.0
+    """Degrees Celsius that a device must have cooled down to before it is timed; 0 for any. Phones: 37."""
+    max_wait_s: Annotated[float, Ge(0)] = 600.0
+    """The longest wait for that."""
+    rest_s: Annotated[float, Ge(0)] = 0.0
+    """Pause after each measurement."""
+    reboot: bool = False
+    """Reboot a phone that does not come back by itself (adb)."""
 
     def __post_init__(self) -> None:
         if self.processor_time and max(self.threads, *(point.threads for point in self.also), 1) > 1:

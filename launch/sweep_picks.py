@@ -180,8 +180,7 @@ def _measured(readings: Readings, trial: Trial, model: Path) -> dict[str, Any]:
         return {"reason": f"{model.name} was not packed; its run's export/source.json says why"}
     jobs = {}
     for point in readings.plan.points:
-        name = f"final/{trial.number}@{point}"
-        jobs[point] = readings.farm.submit(name, readings.plan.request(model, point), device_class=readings.device_class)
+        jobs[point] = readings.submit_request(f"final/{trial.number}@{point}", readings.plan.request(model, point))
     ended = dict(zip(jobs, readings.wait(list(jobs.values())), strict=True))
     found = {metric.name: readings.value(ended[metric.point], metric) for metric in readings.metrics()}
     reason = "; ".join(job.reason for job in ended.values() if job.reason)
