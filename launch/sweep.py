@@ -37,12 +37,12 @@ def main() -> None:
         return
     parser = Parser(__doc__)
     parser.add_argument("--device", action="append", metavar="D", help="in place of the recipe's; again for more of a class")
-    parser.add_argument("--trials", metavar="N", help="in place of the recipe's")
+    for name, of in (("trials", "N"), ("retrain", "K")):
+        parser.add_argument(f"--{name}", metavar=of, help="in place of the recipe's")
     options, overrides = parser.parse()
     from launch.sweep_config import load_sweep, save_sweep
 
-    if options.trials is not None:
-        overrides["trials"] = options.trials
+    overrides |= {name: value for name in ("trials", "retrain") if (value := getattr(options, name)) is not None}
     sweep = load_sweep(options.recipe, overrides, options.device)
     directory = options.output_dir or Path("runs") / sweep.name
     if (directory / "sweep.toml").is_file():

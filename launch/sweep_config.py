@@ -67,6 +67,14 @@ class DeviceConfig:
     """How far off its first time that model may be, as a share."""
     cool_s: Annotated[float, Ge(0)] = 120.0
     """Pause of a device that is found to have drifted."""
+    max_c: Annotated[float, Ge(0), Le(120)] = 0.0
+    """Degrees Celsius that a device must have cooled down to before it is timed; 0 for any. Phones: 37."""
+    max_wait_s: Annotated[float, Ge(0)] = 600.0
+    """The longest wait for that."""
+    rest_s: Annotated[float, Ge(0)] = 0.0
+    """Pause after each measurement."""
+    reboot: bool = False
+    """Reboot a phone that does not come back by itself (adb)."""
 
     def __post_init__(self) -> None:
         if self.processor_time and max(self.threads, *(point.threads for point in self.also), 1) > 1:
@@ -110,6 +118,11 @@ class QualityConfig:
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
+    source: Literal["pruned", "supernet"] = "pruned"
+    """`supernet`: one set of shared weights is trained on all architectures first, and each is scored with it as it is."""
+    routing: Literal["layer", "neuron", "plain"] = "layer"
+    """How a supernet mixes its experts by architecture; `plain` has none."""
+    supernet_steps: Positive = 1000
     backbone: str = ""
     """Run or checkpoint; empty trains the recipe's pre-training stage first, in the sweep's directory."""
     budget_tokens: Annotated[int, Ge(1), Le(10**15)]
@@ -155,6 +168,9 @@ class SweepRecipe:
             if largest > has:
                 raise ValueError(f"space.{name} goes up to {largest}, the backbone has {has}: it cannot be cut from it; "
                                  "take smaller choices or a larger recipe.model")  # fmt: skip
+        if self.quality.source == "supernet" and (self.quality.backbone or self.recipe.pretrain is None):
+            raise ValueError("quality.source supernet trains its own weights on the recipe's pretrain stage; leave "
+                             "quality.backbone empty and give the recipe that stage")  # fmt: skip
         if unknown := [name for name in self.retrain_steps if name not in self.recipe.stages()]:
             raise ValueError(f"retrain_steps has {unknown[0]}; the recipe has {', '.join(self.recipe.stages())}")
         measured = [metric.name for metric in metrics_at(self.points(), self.main)]

@@ -16,14 +16,17 @@ from launch.rundir import write_json
 from launch.sweep_config import DeviceConfig, SweepRecipe
 from launch.sweep_picks import predictions, read_picks, retrain_front
 from launch.sweep_score import CandidateScorer
+from launch.sweep_supernet import prepare_supernet
 from launch.sweep_wandb import SweepWatch
 from modeling.config import ModelConfig
+from search.agent.measuring import Gate
 from search.devices import MeasureRequest, open_device
 from search.farm import Farm
 from search.members import Member, Policy
 from search.metrics import metrics_at
 from search.readings import LatencyPlan, Readings
 from search.records import Trial
+from search.reference_output import CHECKED, ReferenceOutput
 from search.space import Space
 from search.store import Store
 from search.sweep import Sweep, SweepPlan, build_once
@@ -49,7 +52,8 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
         build = build_once(directory / "shapes", _write_random, _shape_key)
         farm = Farm(store, members, policy=_policy(sweep.device), sentinel=_sentinel(sweep, build))
         farm.queue.recover()
-        readings = Readings(farm, space, latency_plan(sweep), build, tick=lambda: tick(store))
+        expect = ReferenceOutput(open_device("local")) if any(member.fidelity in CHECKED for member in members) else _unknown
+        readings = Readings(farm, space, latency_plan(sweep), build, tick=lambda: tick(store), expect=expect)
         with ExitStack() as stack:
             scores = directory / "scores"
             scorers = [stack.enter_context(closing(CandidateScorer(directory / SPEC, backbone, importance, scores)))
@@ -62,7 +66,10 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
 
 
 def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
-    """(checkpoint, JSON of its importance). Trains the recipe's pre-training stage where no backbone is named."""
+    """(checkpoint, JSON of its importance). Trains the recipe's pre-training stage where no backbone is named.
+
+    Of a search with a supernet: its folder, and nothing.
+    """
     from launch.prune import calibrate
     from launch.runner import train_stages
     from modeling.prune import uncovered
@@ -70,6 +77,8 @@ def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], N
     from stages.prune import inherit_positions
     from stages.state import read_model
 
+    if sweep.quality.source == "supernet":
+        return prepare_supernet(sweep, directory, say), Path()
     named = sweep.quality.backbone
     if not named:
         if sweep.recipe.pretrain is None:
@@ -116,7 +125,12 @@ def latency_plan(sweep: SweepRecipe) -> LatencyPlan:
 def _policy(device: DeviceConfig) -> Policy:
     return Policy(warmup=device.warmup, min_repeats=device.min_repeats, max_repeats=device.max_repeats, drift=device.drift,
                   processor_time=device.processor_time, sentinel_jobs=device.sentinel_jobs or Policy.sentinel_jobs,
-                  cool_s=device.cool_s)  # fmt: skip
+                  cool_s=device.cool_s, rest_s=device.rest_s, reboot=device.reboot,
+                  gate=Gate(max_c=device.max_c or None, max_wait_s=device.max_wait_s))  # fmt: skip
+
+
+def _unknown(request: MeasureRequest) -> None:
+    """Of devices that are this machine, or only a model of one, there is nothing to check the output against."""
 
 
 def _sentinel(sweep: SweepRecipe, build: Callable[[ModelConfig], Path]) -> MeasureRequest | None:

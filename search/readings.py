@@ -20,6 +20,7 @@ from search.farm import Farm
 from search.jobs import JobQueue
 from search.metrics import DeviceMetric, Point, metrics_at, parse_metric
 from search.records import Job
+from search.reference_output import Expect
 from search.space import Candidate, Space
 
 if TYPE_CHECKING:
@@ -69,11 +70,12 @@ class Readings:
 
     def __init__(
         self, farm: Farm, space: Space, plan: LatencyPlan, build: Callable[[ModelConfig], Path], device_class: str = "",
-        tick: Callable[[], None] = lambda: None,
+        tick: Callable[[], None] = lambda: None, expect: Expect = lambda request: None,
     ) -> None:  # fmt: skip
-        """`build` writes (or finds) the packed file of an architecture; its weights do not matter."""
+        """`build` writes (or finds) the packed file of an architecture; its weights do not matter. `expect` gives the checksum
+        of its right output, where that is known."""
         self.farm, self.space, self.plan, self.build = farm, space, plan, build
-        self.device_class, self.tick = device_class, tick
+        self.device_class, self.tick, self.expect = device_class, tick, expect
 
     @property
     def queue(self) -> JobQueue:
@@ -92,7 +94,10 @@ class Readings:
     def submit(self, name: str, candidate: Candidate, point: Point | None = None) -> int:
         """The job of that name at that point."""
         at = "" if point in (None, self.plan.main) else f"@{point}"
-        return self.farm.submit(name + at, self.request(candidate, point), device_class=self.device_class)
+        return self.submit_request(name + at, self.request(candidate, point))
+
+    def submit_request(self, name: str, request: MeasureRequest) -> int:
+        return self.farm.submit(name, request, device_class=self.device_class, expect=self.expect(request))
 
     def submit_all(self, name: str, candidate: Candidate) -> list[int]:
         """A job a point, the main one first."""

@@ -205,8 +205,10 @@ class _TrialPlan:
 
     def measures(self, config: Mapping[str, Any]) -> Sequence[Measure]:
         readings, candidate = self.sweep.readings, self.sweep.space.unflatten(config)
-        return [Measure(name=f"@{point}" if i else MAIN, request=readings.request(candidate, point),
-                        device_class=readings.device_class) for i, point in enumerate(readings.plan.points)]  # fmt: skip
+        requests = [readings.request(candidate, point) for point in readings.plan.points]
+        return [Measure(name=f"@{point}" if i else MAIN, request=request, device_class=readings.device_class,
+                        expect=readings.expect(request))
+                for i, (point, request) in enumerate(zip(readings.plan.points, requests, strict=True))]  # fmt: skip
 
     def results(self, measured: Mapping[str, Job], scores: Results) -> tuple[Results, Results]:
         points = self.sweep.readings.plan.points
