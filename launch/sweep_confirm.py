@@ -65,7 +65,8 @@ def confirmations(store: Store, trials: Sequence[TrialRecord]) -> dict[int, Conf
                 again[trial.number][name] = more[0]
             first = (trial.results or {})[name]  # as it counts now: the event has what counted then
             error = errors.get(name) if isinstance(errors, Mapping) else None
-            found = [trial.noise.get(name, 0.0), *[error if _is_number(error) else 0.0] * len(more)]
+            second = float(error) if error is not None and _is_number(error) else 0.0
+            found = [trial.noise.get(name, 0.0), *[second] * len(more)]
             samples.setdefault(name, {})[trial.number] = Sample((first, *more), tuple(found))
     ends = {name: intervals(of) for name, of in samples.items()}
     return {number: Confirmation(again=again[number], reason=reasons[number],
