@@ -60,10 +60,8 @@ def _facts(record: SweepRecord) -> Table:
         off = "-" if report.model.mape is None else f"{report.model.mape:.2g} % off"
         ranked = "" if report.model.kendall is None else f", Kendall {report.model.kendall:.3f}"
         rows.append((f"model of {report.metric.words}", f"{off}{ranked}, {report.readings} readings, {usable(report)}", ""))
-    for metric in record.metrics():
-        words, alarm = tried_words(record, metric)
-        if words:
-            rows.append((f"its predictions of {metric.words}", words, "red" if alarm else ""))
+        words, alarm = tried_words(record, report.metric)
+        rows += [("  and what it said of trials", words, "red" if alarm else "")] if words else []
     table = Table.grid(padding=(0, 2))
     for name, value, style in rows:
         table.add_row(Text(name, style="dim"), Text(value, style=style))

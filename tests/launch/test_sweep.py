@@ -15,8 +15,10 @@ pytest.importorskip("botorch", reason="the search extra is not installed")
 from launch.sweep_config import from_dict, load_sweep, to_dict
 from launch.sweep_run import sweep_plan
 from launch.sweeps import SWEEPS
+from search.store import Store
 from stages.errors import InputError
 from stages.loading import load_model
+from tests.helpers.wandb_rows import logged
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +44,24 @@ def test_a_search_ends_with_a_front_and_says_it(searched):
     assert "model of time to first token" in done.stdout and f"trial {front[0]['trial']}" in done.stdout
     assert "held-out loss" in (directory / "report.html").read_text()
     assert command("sweep", "check", directory, cwd=directory).stdout.startswith("the database and the optimizer's state agree")
+
+
+def test_a_search_is_watched(searched):
+    directory, done = searched
+    rows = logged(directory)
+    assert [row["trial/number"] for row in rows if "trial/number" in row] == sorted(range(4), key=lambda n: told(directory)[n])
+    assert rows[-1]["front/nrows"] >= 1 and rows[-1]["round/trials"] == 4
+    page = (directory / "report.html").read_text()
+    assert "reading, held out of the fit" in page and "<th>parameters</th>" in page, "a real search has pairs and proxies"
+    assert "and what it said of trials 4 trials: median" in " ".join(done.stdout.replace("│", " ").split())
+    front = json.loads((directory / "front.json").read_text())
+    confirmed = [point for point in front if point["confirmed"]]
+    assert confirmed and all("loss" in point["intervals"] for point in confirmed)
+
+
+def told(directory):
+    with Store.read(directory / "sweep.db") as store:
+        return {trial.number: trial.told for trial in store.trials()}
 
 
 def test_a_pick_is_a_recipe_that_starts_from_the_inherited_checkpoint(searched, tmp_path):
