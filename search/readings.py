@@ -49,7 +49,58 @@ class LatencyPlan:
                               threads=self.threads, kv=self.kv, timeout_s=self.timeout_s)  # type: ignore[arg-type]  # fmt: skip
 
 
-class Readings:
+class KnownReadings:
+    """What a sweep's database knows of latencies; nothing is measured."""
+
+    def __init__(self, queue: JobQueue, space: Space, plan: LatencyPlan, device_class: str = "") -> None:
+        self.queue, self.space, self.plan, self.device_class = queue, space, plan, device_class
+
+    def counting(self) -> list[int]:
+        """Jobs whose results count now, of the latency stage and of trials; of one that was done again the newest.
+
+        A model is fitted on these: their ids, in this order, say later what was known.
+        """
+        first = [job.id for job in self.queue.jobs("ok", kind="measure")
+                 if job.replaces is None and (job.trial is not None or job.name.startswith("latency/"))]  # fmt: skip
+        newest = [self.queue.newest(job) for job in first]
+        return [job.id for job in newest if job.state == "ok"]
+
+    def reading(self, job: Job, config: ModelConfig, metric: str = "ttft_ms") -> Reading | None:
+        """What the latency model learns from a job; None where it brought nothing."""
+        from search.latency.model import Reading
+
+        if job.state != "ok" or job.results is None or metric not in job.results:
+            return None
+        accepted = next(item for item in self.queue.readings(job.id) if item.role != "confirmation")
+        error = accepted.errors.get(metric)
+        return Reading(config=config, value=job.results[metric], std_error=error or None, fidelity=accepted.fidelity)
+
+    def all(self, jobs: Sequence[int] | None = None) -> list[Reading]:
+        """Of all jobs that count, or of those that did once."""
+        keys = {trial.number: trial.key for trial in self.queue.store.trials()}
+        found = []
+        for job in (self.queue.job(number) for number in (self.counting() if jobs is None else jobs)):
+            key = self._first(job).name.partition("/")[2] if job.trial is None else keys[job.trial]
+            reading = self.reading(job, self.space.to_config(self.space.from_key(key)))
+            found += [reading] if reading is not None else []
+        return found
+
+    def _first(self, job: Job) -> Job:
+        """The job that this one measured again, if it did."""
+        while job.replaces is not None:
+            job = self.queue.job(job.replaces)
+        return job
+
+    def fit(self, jobs: Sequence[int] | None = None) -> LatencyModel:
+        from search.latency.model import Key, LatencyModel
+
+        plan = self.plan
+        key = Key(device_class=self.device_class, runtime=plan.runtime, threads=plan.threads, metric="ttft",
+                  context=plan.prompt_tokens)  # fmt: skip
+        return LatencyModel.fit(key, self.all(jobs))
+
+
+class Readings(KnownReadings):
     """Submits measurements of architectures, waits for them, and gives what came back."""
 
     def __init__(
@@ -57,12 +108,8 @@ class Readings:
         tick: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """`build` writes (or finds) the packed file of an architecture; its weights do not matter."""
-        self.farm, self.space, self.plan, self.build = farm, space, plan, build
-        self.device_class, self.tick = device_class, tick
-
-    @property
-    def queue(self) -> JobQueue:
-        return self.farm.queue
+        super().__init__(farm.queue, space, plan, device_class)
+        self.farm, self.build, self.tick = farm, build, tick
 
     def request(self, candidate: Candidate) -> MeasureRequest:
         return self.plan.request(self.build(self.space.to_config(candidate)))
@@ -79,40 +126,6 @@ class Readings:
             self.tick()
             time.sleep(POLL_S)
 
-    def reading(self, job: Job, config: ModelConfig, metric: str = "ttft_ms") -> Reading | None:
-        """What the latency model learns from a job; None where it brought nothing."""
-        from search.latency.model import Reading
-
-        if job.state != "ok" or job.results is None or metric not in job.results:
-            return None
-        accepted = next(item for item in self.queue.readings(job.id) if item.role == "result")
-        error = accepted.errors.get(metric)
-        return Reading(config=config, value=job.results[metric], std_error=error or None, fidelity=accepted.fidelity)
-
-    def all(self) -> list[Reading]:
-        """Every reading there is, of this stage's jobs and of trials that were measured."""
-        found = []
-        trials = {trial.number: trial.key for trial in self.queue.store.trials()}
-        for job in self.queue.jobs("ok", kind="measure"):
-            kind, _, key = job.name.partition("/")
-            if job.trial is not None:
-                key = trials[job.trial]
-            elif kind != "latency":
-                continue
-            if job.replaces is None:
-                config = self.space.to_config(self.space.from_key(key))
-                reading = self.reading(self.queue.newest(job.id), config)
-                found += [reading] if reading is not None else []
-        return found
-
-    def fit(self) -> LatencyModel:
-        from search.latency.model import Key, LatencyModel
-
-        plan = self.plan
-        key = Key(device_class=self.device_class, runtime=plan.runtime, threads=plan.threads, metric="ttft",
-                  context=plan.prompt_tokens)  # fmt: skip
-        return LatencyModel.fit(key, self.all())
-
 
 def learn_latency(readings: Readings, seed: int, limit: float | None = None) -> LatencyModel:
     """Buy readings until the gates are met or the plan's are used up; each fit is an event `latency_model`.
@@ -121,7 +134,7 @@ def learn_latency(readings: Readings, seed: int, limit: float | None = None) -> 
     """
     space, plan, queue = readings.space, readings.plan, readings.queue
     first = space.sample(random.Random(seed), plan.readings)
-    jobs = [readings.submit(f"latency/{space.key(candidate)}", candidate) for candidate in first]
+    jobs = _submit(readings, first)
     earlier = [job.id for job in queue.jobs(kind="measure") if job.name.startswith("latency/") and job.replaces is None]
     jobs = sorted({*jobs, *earlier})
     readings.wait(jobs)
@@ -138,9 +151,17 @@ def learn_latency(readings: Readings, seed: int, limit: float | None = None) -> 
         if count == 0:
             return model
         chosen = _worth_most(model, space, fresh, count, seed + len(jobs), limit)
-        new = [readings.submit(f"latency/{space.key(candidate)}", candidate) for candidate in chosen]
+        new = _submit(readings, chosen)
         readings.wait(new)
         jobs += new
+
+
+def _submit(readings: Readings, candidates: Sequence[Candidate]) -> list[int]:
+    """All or none: half of what a fit chose would, after a kill, be a fit of its own and choose others."""
+    for candidate in candidates:
+        readings.request(candidate)  # writes the files, which takes long, before the database is locked
+    with readings.queue.store.transaction():
+        return [readings.submit(f"latency/{readings.space.key(candidate)}", candidate) for candidate in candidates]
 
 
 def _worth_most(model: Any, space: Space, pool: list[Candidate], count: int, seed: int, limit: float | None) -> list[Candidate]:

@@ -41,7 +41,7 @@ class Optimizer(Protocol):
         ...
 
     def tell(self, token: Any, results: Results | None, noise: Results) -> None:
-        """None for a candidate without results: never a made-up number."""
+        """None for a candidate without results: never a made-up number. A second answer with results corrects the first."""
         ...
 
     def state(self) -> str:
@@ -83,11 +83,14 @@ class Service:
     def __init__(
         self, store: Store, farm: Farm, optimizer: Optimizer, plan: Plan, *, trials: int, scorers: Sequence[Score] = (),
         batch: int = 8, ordered: bool = True, max_attempts: int = 3,
+        on_asked: Callable[[Sequence[Trial], int], None] = lambda made, wanted: None,
     ) -> None:  # fmt: skip
         """One thread a scorer. `ordered`: tell in the order of trials and ask again when all of a round are told, which
-        makes a sweep repeatable; else tell as they end and keep `batch` of them open."""
+        makes a sweep repeatable; else tell as they end and keep `batch` of them open. `on_asked` notes what a question
+        rested on, in the transaction that makes its trials of it."""
         self.store, self.farm, self.optimizer, self.plan = store, farm, optimizer, plan
         self.trials, self.batch, self.ordered, self.max_attempts = trials, batch, ordered, max_attempts
+        self.on_asked = on_asked
         self.scorers = list(scorers)
         self.queue = JobQueue(store)
         self._stop = threading.Event()
@@ -137,6 +140,7 @@ class Service:
                 [(self.plan.key(config), {"token": token, "candidate": dict(config)}) for token, config in asked],
                 self.optimizer.state(),
             )
+            self.on_asked(made, wanted)
             for trial, measures in zip(made, plans, strict=True):
                 if isinstance(measures, str):
                     self.store.finish_trial(trial.number, "infeasible", reason=measures)
@@ -185,13 +189,22 @@ class Service:
         return self.plan.results(measured, scores or {})
 
     def _amend(self) -> None:
-        """Ended trials whose measurement was done again: the newer numbers count from now on."""
+        """Ended trials whose measurement was done again: the newer numbers count from now on, for the optimizer too."""
         for number in self.queue.remeasured():
             trial, jobs = self.store.trial(number), self._newest(number)
             if trial.state == "ok" and all(job.state == "ok" for job in jobs.values()):
                 results, noise = self._results(jobs)
                 if results != trial.results:
-                    self.store.amend_trial(number, results, noise)
+                    self._correct(trial, results, noise)
+
+    def _correct(self, trial: Trial, results: Results, noise: Results) -> None:
+        same = [other for other in self.store.trials("ok") if other.duplicate_of == trial.number]
+        for one in (trial, *same):
+            snapshot = None
+            if one.told is not None:
+                self.optimizer.tell(one.config["token"], results, noise)
+                snapshot = self.optimizer.state()
+            self.store.amend_trial(one.number, results, noise, snapshot)
 
     def _tell(self) -> int:
         """How many trials are left untold."""

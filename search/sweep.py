@@ -21,13 +21,13 @@ from modeling.config import ModelConfig
 from search.front import front, spread
 from search.readings import Readings, learn_latency
 from search.records import Job, Results, Trial
+from search.replay import Forecast, note_asked
 from search.service import Measure, Service, SweepError
 from search.space import Candidate, Space
 from search.store import Store
 from search.workers import Score
 
 if TYPE_CHECKING:
-    from search.latency.model import LatencyModel
     from search.optim.base import Optimizer
 
 log = logging.getLogger(__name__)
@@ -63,20 +63,22 @@ class Sweep:
         """`scorers` work side by side; each takes a candidate in flat form, with `seed` where it is scored again."""
         self.store, self.space, self.plan, self.readings = store, space, plan, readings
         self.scorers, self.make_optimizer, self.tick = scorers, make_optimizer, tick
-        self.latency: LatencyModel | None = None
+        self.forecast = Forecast(readings)
 
     def run(self) -> list[Trial]:
         """The confirmed front, best quality first."""
         self._enter("latency", after="space")
         if self.store.phase == "latency":
             with self.readings.farm:
-                self.latency = learn_latency(self.readings, self.plan.seed, self.plan.references["ttft_ms"])
-        else:  # judged once: with the trials' readings the gates might ask for more, and the search would be another
-            self.refit()
+                learn_latency(self.readings, self.plan.seed, self.plan.references["ttft_ms"])
+        # Judged once: with the trials' readings the gates might ask for more, and the search would be another.
+        self.forecast.refit()
         self._check_reachable()
         self._enter("pareto", after="latency")
-        service = Service(self.store, self.readings.farm, _Asker(self), _TrialPlan(self), trials=self.plan.trials,
-                          scorers=self.scorers, batch=self.plan.batch, ordered=self.plan.ordered)  # fmt: skip
+        asker = _Asker(self)
+        service = Service(self.store, self.readings.farm, asker, _TrialPlan(self), trials=self.plan.trials,
+                          scorers=self.scorers, batch=self.plan.batch, ordered=self.plan.ordered,
+                          on_asked=asker.note)  # fmt: skip
         service.run(on_step=self.tick)
         self._enter("confirm", after="pareto")
         with self.readings.farm:
@@ -90,28 +92,19 @@ class Sweep:
     def candidate(self, trial: Trial) -> Candidate:
         return self.space.unflatten(trial.config["candidate"])
 
-    def predict(self, flats: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
-        """Milliseconds to the first token of candidates in flat form: mean and deviation."""
-        assert self.latency is not None
-        return self.latency.predict([self.space.to_config(self.space.unflatten(flat)) for flat in flats])
-
-    def refit(self) -> None:
-        """The latency model, where there are readings that it does not know of."""
-        if self.latency is None or len(self.readings.all()) != len(self.latency.readings):
-            self.latency = self.readings.fit()
-
     def _enter(self, phase: str, after: str) -> None:
         if self.store.phase == after:
             self.store.phase = phase
 
     def _check_reachable(self) -> None:
         """Raises SweepError where even the fastest architecture that was met is over the limit."""
-        assert self.latency is not None
-        fastest = min(self.latency.readings, key=lambda reading: reading.value)
+        model = self.forecast.model
+        assert model is not None
+        fastest = min(model.readings, key=lambda reading: reading.value)
         limit = min(self.plan.references["ttft_ms"], self.plan.limits.get("ttft_ms", np.inf))
-        low, _ = self.latency.interval([fastest.config])
+        low, _ = model.interval([fastest.config])
         if min(fastest.value, float(low[0])) > limit:
-            raise SweepError(f"the fastest of {len(self.latency.readings)} measured candidates takes {fastest.value:.4g} ms, "
+            raise SweepError(f"the fastest of {len(model.readings)} measured candidates takes {fastest.value:.4g} ms, "
                              f"the limit is {limit:.4g}; raise the limit, shorten the prompt or allow smaller models")
 
     def _confirm(self) -> None:
@@ -142,20 +135,22 @@ class _Asker:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.optimizer = sweep.make_optimizer(sweep.space, sweep.plan, sweep.predict)
+        self.optimizer = sweep.make_optimizer(sweep.space, sweep.plan, sweep.forecast.predict)
 
     def ask(self, n: int) -> Sequence[tuple[Any, Mapping[str, Any]]]:
-        self.sweep.refit()
-        asked = self.optimizer.ask(n)
-        if asked:
-            means, deviations = self.sweep.predict([flat for _, flat in asked])
-            for (_, flat), mean, deviation in zip(asked, means, deviations, strict=True):
-                key = self.sweep.space.key(self.sweep.space.unflatten(flat))
-                self.sweep.store.event("predicted", key=key, ttft_ms=float(mean), deviation=float(deviation))
-        return asked
+        self.sweep.forecast.refit()
+        return self.optimizer.ask(n)
+
+    def note(self, made: Sequence[Trial], wanted: int) -> None:
+        """What the question rested on, and what is predicted of its trials."""
+        sweep = self.sweep
+        note_asked(sweep.store, sweep.forecast, sweep.plan.trials, made, wanted)
+        means, deviations = sweep.forecast.predict([trial.config["candidate"] for trial in made])
+        for trial, mean, deviation in zip(made, means, deviations, strict=True):
+            sweep.store.event("predicted", key=trial.key, trial=trial.number, ttft_ms=float(mean), deviation=float(deviation))
 
     def tell(self, token: Any, results: Results | None, noise: Results) -> None:
-        self.optimizer.tell(token, results, noise or None)
+        self.optimizer.tell(token, *answer_of(results, noise))
 
     def state(self) -> str:
         return json.dumps(self.optimizer.state())
@@ -182,6 +177,11 @@ class _TrialPlan:
         job = measured["ttft"]
         errors = next(item.errors for item in self.sweep.readings.queue.readings(job.id) if item.role == "result")
         return {**scores, "ttft_ms": (job.results or {})["ttft_ms"]}, {"ttft_ms": errors.get("ttft_ms", 0.0)}
+
+
+def answer_of(results: Results | None, noise: Results) -> tuple[Results | None, Results]:
+    """A trial's results and noise as an optimizer of search/optim is told of them."""
+    return results, noise
 
 
 def build_once(
