@@ -6,6 +6,7 @@
     python launch/sweep.py resume DIR              go on, also after a kill
     python launch/sweep.py export DIR --pick 3     recipes with inherited checkpoints, for launch/recipe.py --init-from
     python launch/sweep.py check DIR               does the database agree with the optimizer's state?
+    python launch/sweep.py replay DIR              does the optimizer ask the same again, given the stored answers?
 
 A search is killed and resumed at any point; its database is DIR/sweep.db.
 """
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from launch.sweep_config import SweepRecipe
     from search.store import Store
 
-VERBS = ("status", "resume", "export", "check")
+VERBS = ("status", "resume", "export", "check", "replay")
 
 
 def main() -> None:
@@ -38,11 +39,13 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--device", action="append", metavar="D", help="in place of the recipe's; again for more of a class")
     parser.add_argument("--trials", metavar="N", help="in place of the recipe's")
+    parser.add_argument("--optimizer", metavar="NAME", help="in place of the recipe's: staged, botorch, tpe, ...")
     options, overrides = parser.parse()
     from launch.sweep_config import load_sweep, save_sweep
 
-    if options.trials is not None:
-        overrides["trials"] = options.trials
+    for name in ("trials", "optimizer"):
+        if (value := getattr(options, name)) is not None:
+            overrides[name] = value
     sweep = load_sweep(options.recipe, overrides, options.device)
     directory = options.output_dir or Path("runs") / sweep.name
     if (directory / "sweep.toml").is_file():
@@ -76,6 +79,8 @@ def _verb(verb: str, argv: list[str]) -> None:
     if verb == "export":
         parser.add_argument("--pick", type=int, default=1, metavar="K", help="how many models of the front (default 1)")
         parser.add_argument("--output", type=Path, metavar="P", help="folder for them (default DIR/picks)")
+    if verb == "replay":
+        parser.add_argument("--optimizer", metavar="NAME", help="only the sweep's own: no other's questions have answers here")
     if verb == "resume":
         parser.add_argument("--trials", type=int, metavar="N", help="go on to so many")
     options, _ = parser.parse(argv)
@@ -98,6 +103,10 @@ def _verb(verb: str, argv: list[str]) -> None:
         _status(options.directory, sweep)
     elif verb == "export":
         _export(options.directory, sweep, options.pick, options.output or options.directory / "picks")
+    elif verb == "replay":
+        from launch.sweep_replay import replay_sweep
+
+        sys.stdout.write(replay_sweep(sweep, options.directory, options.optimizer) + "\n")
     else:
         from launch.sweep_run import disagreements
 

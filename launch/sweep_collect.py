@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 
 FIGURES = ("r2", "mape", "within_10", "spearman", "kendall", "coverage")
+ROUTINE = ("asked", "told", "predicted", "latency_model")
+"""Events that every search has at every step: its memory, nothing that a reader of the page should know of."""
 PREDICTED = "predicted_"
 """Before the name of a result that is a prediction."""
 
@@ -68,7 +70,8 @@ def from_store(
     record = SweepRecord(
         name=name, objectives=tuple(objectives), limits=tuple(limits), fidelity=chosen, phase=store.phase, trials=tuple(trials),
         latency=tuple(latency), ranking=ranking, devices=_devices(store, events),
-        events=dict(sorted(Counter(event.kind for event in events).items())), space_size=space_size, picks=tuple(picks),
+        events=dict(sorted(Counter(event.kind for event in events if event.kind not in ROUTINE).items())),
+        space_size=space_size, picks=tuple(picks),
         notes=tuple(notes))  # fmt: skip
     order = {trial.number: trial.told for trial in store.trials() if trial.told is not None}
     again = _second_values(events)

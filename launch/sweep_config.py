@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from launch.config import Recipe, first_problem, plain, read_toml
 from launch.overrides import apply_overrides
+from search.optim.catalog import Kind
 from search.space import Space
 from stages.config import Positive
 from stages.errors import InputError
@@ -96,6 +97,8 @@ class SweepRecipe:
     batch: Positive = 8
     confirm: Positive = 8
     seed: Annotated[int, Ge(0)] = 0
+    optimizer: Kind = "staged"
+    """`staged` knows the latency model and asks for little; the others (docs/search.md) are for comparison."""
 
     def __post_init__(self) -> None:
         space = self.make_space()

@@ -46,7 +46,8 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
             scores = directory / "scores"
             scorers = [stack.enter_context(closing(CandidateScorer(directory / SPEC, backbone, importance, scores)))
                        for _ in range(sweep.quality.processes)]  # fmt: skip
-            found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make_staged, lambda: tick(store)).run()
+            make = optimizer_maker(sweep.optimizer)
+            found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make, lambda: tick(store)).run()
         write_front(directory / "front.json", space, store, found)
         return found
 
@@ -76,14 +77,23 @@ def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], N
     return checkpoint, calibrate(checkpoint, sweep.recipe, sweep.quality.calibration_sequences)
 
 
-def make_staged(space: Space, plan: SweepPlan, predict: Callable[..., Any]) -> Any:
-    from search.optim.base import Domain, Goal
-    from search.optim.staged import Settings, Staged
+def optimizer_maker(kind: str) -> Callable[[Space, SweepPlan, Callable[..., Any]], Any]:
+    """Makes the optimizer of that name for a sweep; what is predicted of latency is known to `staged` alone."""
 
-    domain = Domain(choices=space.flat_choices(), repair=space.repair, feasible=space.feasible)
-    goal = Goal(objectives=plan.references, limits=plan.limits)
-    settings = Settings(initial=max(4, min(16, plan.trials // 4)))
-    return Staged(domain, goal, plan.seed, known={"ttft_ms": predict}, settings=settings)
+    def make(space: Space, plan: SweepPlan, predict: Callable[..., Any]) -> Any:
+        from search.optim.base import Domain, Goal
+        from search.optim.catalog import make_optimizer
+
+        options: dict[str, Any] = {}
+        if kind == "staged":
+            from search.optim.staged import Settings
+
+            settings = Settings(initial=max(4, min(16, plan.trials // 4)))
+            options = {"known": {"ttft_ms": predict}, "settings": settings}
+        domain = Domain(choices=space.flat_choices(), repair=space.repair, feasible=space.feasible)
+        return make_optimizer(kind, domain, Goal(objectives=plan.references, limits=plan.limits), plan.seed, **options)
+
+    return make
 
 
 def sweep_plan(sweep: SweepRecipe) -> SweepPlan:
@@ -209,5 +219,5 @@ def disagreements(sweep: SweepRecipe, directory: Path) -> list[str]:
             problems.append(f"trial {trial.number} is {trial.key}, the optimizer asked {asked}")
         if (known["values"] is None) != (trial.results is None) and trial.told is not None:
             problems.append(f"trial {trial.number} is {trial.state}, the optimizer was told {known['status']}")
-    make_staged(space, plan, lambda flats: None).load(stored)
+    optimizer_maker(sweep.optimizer)(space, plan, lambda flats: None).load(stored)
     return problems

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("botorch", reason="the search extra is not installed")
 
 from launch.sweep_config import from_dict, load_sweep, to_dict
+from launch.sweep_run import optimizer_maker, sweep_plan
 from launch.sweeps import SWEEPS
+from search.optim.catalog import KINDS
 from stages.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +44,15 @@ def test_a_search_ends_with_a_front_and_says_it(searched):
     assert command("sweep", "check", directory, cwd=directory).stdout.startswith("the database and the optimizer's state agree")
 
 
+def test_a_search_is_replayed_from_its_database(searched):
+    directory, _ = searched
+    done = command("sweep", "replay", directory, "--optimizer", "staged", cwd=directory)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the optimizer asks the same again: 4 trials in") and done.stdout.endswith(", 4 answers\n")
+    done = command("sweep", "replay", directory, "--optimizer", "tpe", cwd=directory)
+    assert done.returncode == 2 and "this sweep's is staged, and only its questions have answers" in done.stderr
+
+
 def test_a_pick_is_a_recipe_that_starts_from_the_inherited_checkpoint(searched, tmp_path):
     directory, _ = searched
     done = command("sweep", "export", directory, "--output", tmp_path / "picks", cwd=tmp_path)
@@ -60,6 +72,7 @@ def test_what_is_wrong_is_one_line(searched, tmp_path):
     for arguments, words in [
         (("--recipe", "smoke_search", "--output-dir", directory), "already holds a sweep"),
         (("--recipe", "smoke_serch",), "did you mean 'smoke_search'"),
+        (("--recipe", "smoke_search", "--optimizer", "simplex"), "optimizer: Input should be 'staged', 'botorch'"),
         (("--recipe", "smoke_search", "--device", "phone", "--output-dir", tmp_path / "x"), "device 'phone'; expected one of"),
         (("export", directory, "--pick", "99", "--output", tmp_path / "p"), "the front has"),
         (("status", tmp_path), "holds no sweep"),
@@ -72,6 +85,18 @@ def test_what_is_wrong_is_one_line(searched, tmp_path):
     assert silent.returncode == 1 and "device agent://127.0.0.1:1 does not answer" in silent.stderr
     assert "Traceback" not in silent.stderr
     assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_takes_the_optimizer_that_it_is_told(kind):
+    sweep = load_sweep("smoke_search", {"optimizer": kind})
+    assert sweep.comparable()["optimizer"] == kind
+    space = sweep.make_space()
+    optimizer = optimizer_maker(kind)(space, sweep_plan(sweep), lambda flats: (np.ones(len(flats)), np.zeros(len(flats))))
+    assert optimizer.kind == kind
+    for token, flat in optimizer.ask(3):
+        assert not space.violations(space.unflatten(flat))
+        optimizer.tell(token, {"loss": 3.0, "ttft_ms": 2.0}, {"ttft_ms": 0.1})
 
 
 @pytest.mark.parametrize("name", SWEEPS)
