@@ -63,7 +63,7 @@ def from_store(
             number=trial.number, key=trial.key, config=config, state=trial.state, reason=trial.reason,
             results=results if trial.results is not None else None, noise=_split(trial.noise)[0],
             predicted=guessed | _numbers((predicted or {}).get(trial.number, {})), fidelity=fidelities.get(trial.number),
-            duplicate_of=trial.duplicate_of))  # fmt: skip
+            duplicate_of=trial.duplicate_of, short="loss" in guessed and "loss" not in results))  # fmt: skip
     events = store.events()
     if not latency:
         latency = _reported(events, trials, objectives, limits)

@@ -71,6 +71,8 @@ class QualityConfig:
     """Run or checkpoint; empty trains the recipe's pre-training stage first, in the sweep's directory."""
     budget_tokens: Annotated[int, Ge(1), Le(10**15)]
     """Of one candidate's short training."""
+    short_tokens: Annotated[int, Ge(0), Le(10**15)] = 0
+    """Above 0: a shorter training first; the full one only where that leaves a chance of a better front (docs/search.md)."""
     calibration_sequences: Positive = 64
     variant: Literal["wanda", "energy", "magnitude", "taylor", "weights", "random"] = "wanda"
     layers: Literal["cosine", "loss"] = "cosine"
@@ -110,6 +112,14 @@ class SweepRecipe:
             if largest > has:
                 raise ValueError(f"space.{name} goes up to {largest}, the backbone has {has}: it cannot be cut from it; "
                                  "take smaller choices or a larger recipe.model")  # fmt: skip
+
+        short, budget = self.quality.short_tokens, self.quality.budget_tokens
+        if short >= budget:
+            raise ValueError(f"quality.short_tokens {short} is no shorter than quality.budget_tokens {budget}; take fewer, or "
+                             "0 for one budget")  # fmt: skip
+        if short and self.optimizer != "staged":
+            raise ValueError(f"quality.short_tokens {short} with optimizer {self.optimizer}, which would take a predicted loss "
+                             "for a measured one; take optimizer staged, or short_tokens 0")  # fmt: skip
 
     def make_space(self) -> Space:
         """Raises ValueError that names the entry."""

@@ -10,12 +10,12 @@ from typing import Any
 
 from launch.sweep_config import SweepRecipe
 from launch.sweep_run import DATABASE, latency_plan, optimizer_maker, sweep_plan
+from search.budgets import answer_of
 from search.database import StoreError
 from search.jobs import JobQueue
 from search.readings import KnownReadings
 from search.replay import replay
 from search.store import Store
-from search.sweep import answer_of
 from stages.errors import InputError, RunError
 
 

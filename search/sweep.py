@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modeling.config import ModelConfig
+from search.budgets import TwoBudgets, answer_of
 from search.front import front, spread
 from search.readings import Readings, learn_latency
 from search.records import Job, Results, Trial
@@ -48,6 +49,10 @@ class SweepPlan:
     confirm: int = 8
     """Models of the front that are measured and scored a second time."""
     seed: int = 0
+    short_tokens: int = 0
+    """Above 0: trials are scored at this budget first (search/budgets.py)."""
+    least_pairs: int = 20
+    """Trials scored at both budgets before a short score may stand alone."""
 
 
 MakeOptimizer = Callable[[Space, SweepPlan, Callable[..., Any]], "Optimizer"]
@@ -75,10 +80,11 @@ class Sweep:
         self.forecast.refit()
         self._check_reachable()
         self._enter("pareto", after="latency")
-        asker = _Asker(self)
+        asker, plan = _Asker(self), self.plan
+        budgets = TwoBudgets(self.store, plan.short_tokens, plan.references, plan.limits, least=plan.least_pairs)
         service = Service(self.store, self.readings.farm, asker, _TrialPlan(self), trials=self.plan.trials,
                           scorers=self.scorers, batch=self.plan.batch, ordered=self.plan.ordered,
-                          on_asked=asker.note)  # fmt: skip
+                          on_asked=asker.note, budgets=budgets if plan.short_tokens else None)  # fmt: skip
         service.run(on_step=self.tick)
         self._enter("confirm", after="pareto")
         with self.readings.farm:
@@ -177,11 +183,6 @@ class _TrialPlan:
         job = measured["ttft"]
         errors = next(item.errors for item in self.sweep.readings.queue.readings(job.id) if item.role == "result")
         return {**scores, "ttft_ms": (job.results or {})["ttft_ms"]}, {"ttft_ms": errors.get("ttft_ms", 0.0)}
-
-
-def answer_of(results: Results | None, noise: Results) -> tuple[Results | None, Results]:
-    """A trial's results and noise as an optimizer of search/optim is told of them."""
-    return results, noise
 
 
 def build_once(

@@ -72,7 +72,7 @@ def test_what_is_wrong_is_one_line(searched, tmp_path):
     for arguments, words in [
         (("--recipe", "smoke_search", "--output-dir", directory), "already holds a sweep"),
         (("--recipe", "smoke_serch",), "did you mean 'smoke_search'"),
-        (("--recipe", "smoke_search", "--optimizer", "simplex"), "optimizer: Input should be 'staged', 'botorch'"),
+        (("--recipe", "smoke_search", "--optimizer", "simplex"), "optimizer='simplex': Input should be 'staged', 'bo"),
         (("--recipe", "smoke_search", "--device", "phone", "--output-dir", tmp_path / "x"), "device 'phone'; expected one of"),
         (("export", directory, "--pick", "99", "--output", tmp_path / "p"), "the front has"),
         (("status", tmp_path), "holds no sweep"),

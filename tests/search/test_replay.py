@@ -11,21 +11,21 @@ import pytest
 
 pytest.importorskip("botorch", reason="the search extra is not installed")
 
+from search.budgets import answer_of
 from search.jobs import JobQueue
 from search.quality import SyntheticScorer
 from search.readings import KnownReadings
 from search.replay import _ranges, replay
 from search.simulated import Faults
-from search.sweep import answer_of
 from tests.search.test_sweep_loop import LATENCY, PLAN, SPACE, Killed, make_staged, sweep_in
 
 
-def replayed(store, plan=PLAN):
+def replayed(store, plan=PLAN, optimizer=make_staged):
     readings = KnownReadings(JobQueue(store), SPACE, LATENCY)
 
 
     def make(planned, predict):
-        return make_staged(SPACE, replace(plan, trials=planned), predict)
+        return optimizer(SPACE, replace(plan, trials=planned), predict)
 
     return replay(store, readings, make, answer_of)
 

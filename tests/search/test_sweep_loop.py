@@ -54,7 +54,7 @@ def run(folder, **changes):
 
 
 def told(store):
-    return [(trial.key, trial.state, trial.results and trial.results["loss"], trial.told) for trial in store.trials()]
+    return [(trial.key, trial.state, trial.results and trial.results.get("loss"), trial.told) for trial in store.trials()]
 
 
 @pytest.fixture(scope="module")
