@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.ray_head import shared_cluster
 from launch.rundir import write_json
+from launch.sweep_budgets import ranking_of, short_notes
 from launch.sweep_config import DeviceConfig, SweepRecipe
 from launch.sweep_score import CandidateScorer
 from modeling.config import ModelConfig
+from search.budgets import TwoBudgets
 from search.devices import open_device
 from search.farm import Farm
 from search.front import front, knee
@@ -35,7 +38,8 @@ DATABASE, SPEC = "sweep.db", "sweep.toml"
 def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], tick: Callable[[Store], None]) -> list[Trial]:
     """All phases that are still to do; the confirmed front."""
     space = sweep.make_space()
-    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store:
+    room = shared_cluster(sweep.recipe.launch, sweep.quality.processes)
+    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store, room:
         backbone, importance = prepare_backbone(sweep, directory, say)
         members = [Member(open_device(name)) for name in sweep.device.names]
         build = build_once(directory / "shapes", _write_random, _shape_key)
@@ -98,6 +102,7 @@ def optimizer_maker(kind: str) -> Callable[[Space, SweepPlan, Callable[..., Any]
 
 def sweep_plan(sweep: SweepRecipe) -> SweepPlan:
     return SweepPlan(trials=sweep.trials, batch=sweep.batch, confirm=sweep.confirm, seed=sweep.seed,
+                     short_tokens=sweep.quality.short_tokens,
                      references={"loss": sweep.goal.loss, "ttft_ms": sweep.goal.ttft_ms})  # fmt: skip
 
 
@@ -157,10 +162,12 @@ def record_of(sweep: SweepRecipe, store: Store) -> SweepRecord:
     space, goal = sweep.make_space(), sweep.goal
     first = {"name": "ttft_ms", "label": "time to first token", "unit": "ms"}
     loss = Objective(name="loss", label="held-out loss", unit="nats a token", reference=goal.loss)
+    agreement = TwoBudgets(store, sweep.quality.short_tokens, {"loss": goal.loss}).agreement()
     return from_store(
         store, name=sweep.name, objectives=(loss, Objective(**first, reference=goal.ttft_ms)),  # type: ignore[arg-type]
         limits=(Limit(**first, value=goal.ttft_ms),), space_size=space.size(),  # type: ignore[arg-type]
         to_model=lambda config: space.to_config(space.unflatten(config["candidate"])), predicted=predictions(store),
+        ranking=ranking_of(agreement, loss), notes=short_notes(sweep.quality.short_tokens, store.trials("ok"), agreement),
     )  # fmt: skip
 
 
