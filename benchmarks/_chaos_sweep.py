@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def score(candidate: Mapping[str, Any]) -> Mapping[str, float]:
 def make_staged(space: Space, plan: SweepPlan, predict: Callable[..., Any]) -> Staged:
     domain = Domain(choices=space.flat_choices(), repair=space.repair, feasible=space.feasible)
     settings = Settings(initial=8, pool=300, generations=4, draws=32)
-    return Staged(domain, Goal(objectives=plan.references), plan.seed, known={"ttft_ms": predict}, settings=settings)
+    known = {"ttft_ms": partial(predict, "ttft_ms")}
+    return Staged(domain, Goal(objectives=plan.references), plan.seed, known=known, settings=settings)
 
 
 def sweep_process(folder: Path, members: Sequence[Member], policy: Policy, trials: int) -> None:

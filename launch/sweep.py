@@ -3,7 +3,7 @@
     python launch/sweep.py --recipe quickstart_search
     python launch/sweep.py --recipe flash_latency --device ssh://phone --quality.backbone RUN --output-dir runs/flash
     python launch/sweep.py status DIR              what there is
-    python launch/sweep.py resume DIR              go on, also after a kill
+    python launch/sweep.py resume DIR              go on, also after a kill; --trials N for more, --retrain K to train picks
     python launch/sweep.py export DIR --pick 3     recipes with inherited checkpoints, for launch/recipe.py --init-from
     python launch/sweep.py check DIR               does the database agree with the optimizer's state?
     python launch/sweep.py replay DIR              does the optimizer ask the same again, given the stored answers?
@@ -83,19 +83,19 @@ def _verb(verb: str, argv: list[str]) -> None:
         parser.add_argument("--optimizer", metavar="NAME", help="only the sweep's own: no other's questions have answers here")
     if verb == "resume":
         parser.add_argument("--trials", type=int, metavar="N", help="go on to so many")
+        parser.add_argument("--retrain", type=int, metavar="K", help="train so many models of the front through all stages")
     options, _ = parser.parse(argv)
-    from dataclasses import replace
-
     from launch.config import read_toml
-    from launch.sweep_config import from_dict, save_sweep
+    from launch.sweep_config import from_dict, save_sweep, to_dict
 
     saved = options.directory / "sweep.toml"
     if not saved.is_file():
         raise InputError(f"{options.directory} holds no sweep (no sweep.toml); start one with launch/sweep.py --recipe NAME")
     sweep = from_dict(read_toml(saved), str(saved))
     if verb == "resume":
-        if options.trials is not None:
-            sweep = replace(sweep, trials=options.trials)
+        changes = {name: value for name in ("trials", "retrain") if (value := getattr(options, name)) is not None}
+        if changes:
+            sweep = from_dict({**to_dict(sweep), **changes}, "option")
             save_sweep(sweep, saved)
         _check_devices(sweep)
         _run(sweep, options.directory)
@@ -138,7 +138,7 @@ def _run(sweep: SweepRecipe, directory: Path) -> None:
         done = len(store.trials("ok", "infeasible", "failed"))
         if live is not None:
             if time.monotonic() - at > 1:
-                live.update(live_table(record_of(sweep, store)), refresh=True)
+                live.update(live_table(record_of(sweep, store, directory)), refresh=True)
                 at = time.monotonic()
         elif done != shown:
             _say(f"{store.phase}: {done} of {sweep.trials} trials")
@@ -166,13 +166,13 @@ def _status(directory: Path, sweep: SweepRecipe) -> None:
     from search.store import Store
 
     with closing(Store.read(directory / DATABASE)) as store:
-        record = record_of(sweep, store)
+        record = record_of(sweep, store, directory)
     Console().print(live_table(record))
     _say(f"report: {write_sweep_report(record, directory / 'report.html')}")
 
 
 def _export(directory: Path, sweep: SweepRecipe, count: int, output: Path) -> None:
-    from launch.sweep_run import export_picks
+    from launch.sweep_picks import export_picks
 
     if count < 1:
         raise InputError(f"--pick {count}; expected at least 1")

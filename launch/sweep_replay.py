@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.sweep_config import SweepRecipe
-from launch.sweep_run import DATABASE, latency_plan, optimizer_maker, sweep_plan
+from launch.sweep_optimizer import optimizer_maker
+from launch.sweep_run import DATABASE, latency_plan, policy_of, sweep_plan
 from search.budgets import answer_of
 from search.database import StoreError
 from search.jobs import JobQueue
@@ -32,8 +33,8 @@ def replay_sweep(sweep: SweepRecipe, directory: Path, optimizer: str | None = No
 
     try:
         with closing(Store.read(directory / DATABASE)) as store:
-            readings = KnownReadings(JobQueue(store), space, latency_plan(sweep.device))
-            found = replay(store, readings, make, answer_of)
+            readings = KnownReadings(JobQueue(store), space, latency_plan(sweep), policy_of(sweep.device).times)
+            found = replay(store, readings, plan.device_limits(), make, answer_of)
     except StoreError as error:
         raise InputError(str(error)) from None
     except ValueError as error:

@@ -6,7 +6,7 @@ the latency model knew) and `told` (what the optimizer was given, corrections in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,24 +20,26 @@ if TYPE_CHECKING:
 
 
 class Forecast:
-    """Latency as the optimizer takes it for known: a model of the readings that there are, or were at some time."""
+    """What the optimizer takes for known of a device: models of the readings that there are, or were at some time."""
 
-    def __init__(self, readings: KnownReadings) -> None:
+    def __init__(self, readings: KnownReadings, needed: Iterable[str]) -> None:
+        """needed: names of the device's numbers (search/metrics.py)."""
         self.readings, self.space = readings, readings.space
-        self.model: LatencyModel | None = None
+        self.metrics = {name: readings.metric(name) for name in needed}
+        self.models: dict[str, LatencyModel] = {}
         self.jobs: list[int] = []
         """Whose readings it was fitted on."""
 
     def refit(self, jobs: Sequence[int] | None = None) -> None:
-        """On the readings of these jobs, or on all that count now; nothing is done where the model knows just those."""
+        """On the readings of these jobs, or on all that count now; nothing is done where the models know just those."""
         wanted = self.readings.counting() if jobs is None else list(jobs)
-        if self.model is None or wanted != self.jobs:
-            self.model, self.jobs = self.readings.fit(wanted), wanted
+        if not self.models or wanted != self.jobs:
+            self.models = {name: self.readings.fit(metric, wanted) for name, metric in self.metrics.items()}
+            self.jobs = wanted
 
-    def predict(self, flats: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
-        """Milliseconds to the first token of candidates in flat form: mean and deviation."""
-        assert self.model is not None
-        return self.model.predict([self.space.to_config(self.space.unflatten(flat)) for flat in flats])
+    def predict(self, name: str, flats: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+        """Means and deviations of candidates in flat form, in the metric's unit."""
+        return self.models[name].predict([self.space.to_config(self.space.unflatten(flat)) for flat in flats])
 
 
 def note_asked(store: Store, forecast: Forecast, planned: int, made: Sequence[Trial], wanted: int) -> None:
@@ -81,13 +83,13 @@ class Replayed:
 
 
 MakeReplayed = Callable[[int, Callable[..., Any]], Any]
-"""(trials planned, what is known of latency) -> an optimizer of search/optim."""
+"""(trials planned, what is known of the device) -> an optimizer of search/optim."""
 Answer = Callable[[Results | None, Results], tuple[Results | None, Results]]
 """A trial's results and noise as the optimizer is told of them."""
 
 
-def replay(store: Store, readings: KnownReadings, make: MakeReplayed, answer: Answer) -> Replayed:
-    """Ask and tell a new optimizer as the events say, up to the first difference.
+def replay(store: Store, readings: KnownReadings, needed: Iterable[str], make: MakeReplayed, answer: Answer) -> Replayed:
+    """Ask and tell a new optimizer as the events say, up to the first difference. `needed`: numbers that it knows.
 
     Raises ValueError for a database without such events, or one whose events do not hold all trials.
     """
@@ -97,7 +99,7 @@ def replay(store: Store, readings: KnownReadings, make: MakeReplayed, answer: An
     if noted != len(trials):
         raise ValueError(f"{store.path} says of {noted} of its {len(trials)} trials how they were asked for; expected all: it "
                          "was made by a version that kept no such record, and cannot be replayed")  # fmt: skip
-    forecast, found = Forecast(readings), Replayed()
+    forecast, found = Forecast(readings, needed), Replayed()
     optimizer, planned = None, 0
     for event in events:
         if event.kind == "told":

@@ -20,7 +20,8 @@ import numpy as np
 from modeling.config import ModelConfig
 from search.budgets import TwoBudgets, answer_of
 from search.front import front, spread
-from search.readings import Readings, learn_latency
+from search.metrics import Point
+from search.readings import Readings, learn_latency, report_others
 from search.records import Job, Results, Trial
 from search.replay import Forecast, note_asked
 from search.service import Measure, Service, SweepError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from search.optim.base import Optimizer
 
 log = logging.getLogger(__name__)
+MAIN = "ttft"
+"""Name of the measurement of a trial at the search's own point; others are called by their point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class SweepPlan:
 
     trials: int
     references: Mapping[str, float]
-    """`loss` and `ttft_ms`: values that are just no longer of use."""
+    """The objectives, `loss` and numbers of the device (search/metrics.py): values that are just no longer of use."""
     limits: Mapping[str, float] = field(default_factory=dict)
     batch: int = 8
     """Trials that may be open at once."""
@@ -55,7 +58,15 @@ class SweepPlan:
     """Trials scored at both budgets before a short score may stand alone."""
 
 
-MakeOptimizer = Callable[[Space, SweepPlan, Callable[..., Any]], "Optimizer"]
+    def device_limits(self) -> dict[str, float | None]:
+        """By name, the device's numbers that the search depends on, and the largest that is of use."""
+        names = [name for name in (*self.references, *self.limits) if name != "loss"]
+        return {name: min(self.references.get(name, np.inf), self.limits.get(name, np.inf)) for name in names}
+
+
+Predict = Callable[[str, Sequence[Mapping[str, Any]]], tuple[Any, Any]]
+"""(metric, candidates in flat form) -> means and deviations."""
+MakeOptimizer = Callable[[Space, SweepPlan, Predict], "Optimizer"]
 
 
 class Sweep:
@@ -68,14 +79,20 @@ class Sweep:
         """`scorers` work side by side; each takes a candidate in flat form, with `seed` where it is scored again."""
         self.store, self.space, self.plan, self.readings = store, space, plan, readings
         self.scorers, self.make_optimizer, self.tick = scorers, make_optimizer, tick
-        self.forecast = Forecast(readings)
+        self.metrics = readings.metrics()
+        self.needed = plan.device_limits()
+        self.forecast = Forecast(readings, self.needed)
+        if unknown := self.needed.keys() - {metric.name for metric in self.metrics}:
+            raise SweepError(f"{sorted(unknown)[0]} is wanted and not measured; measured are "
+                             f"{', '.join(metric.name for metric in self.metrics)}")  # fmt: skip
 
     def run(self) -> list[Trial]:
         """The confirmed front, best quality first."""
         self._enter("latency", after="space")
         if self.store.phase == "latency":
             with self.readings.farm:
-                learn_latency(self.readings, self.plan.seed, self.plan.references["ttft_ms"])
+                learn_latency(self.readings, self.plan.seed, self.needed)
+            report_others(self.readings, self.needed)
         # Judged once: with the trials' readings the gates might ask for more, and the search would be another.
         self.forecast.refit()
         self._check_reachable()
@@ -98,20 +115,24 @@ class Sweep:
     def candidate(self, trial: Trial) -> Candidate:
         return self.space.unflatten(trial.config["candidate"])
 
+    def measured(self, jobs: Mapping[Point, Job]) -> dict[str, tuple[float, float]]:
+        """By metric, (value, standard error or 0) of what the jobs at these points brought."""
+        found = {metric.name: self.readings.value(jobs[metric.point], metric) for metric in self.metrics}
+        return {name: value for name, value in found.items() if value is not None}
+
     def _enter(self, phase: str, after: str) -> None:
         if self.store.phase == after:
             self.store.phase = phase
 
     def _check_reachable(self) -> None:
-        """Raises SweepError where even the fastest architecture that was met is over the limit."""
-        model = self.forecast.model
-        assert model is not None
-        fastest = min(model.readings, key=lambda reading: reading.value)
-        limit = min(self.plan.references["ttft_ms"], self.plan.limits.get("ttft_ms", np.inf))
-        low, _ = model.interval([fastest.config])
-        if min(fastest.value, float(low[0])) > limit:
-            raise SweepError(f"the fastest of {len(model.readings)} measured candidates takes {fastest.value:.4g} ms, "
-                             f"the limit is {limit:.4g}; raise the limit, shorten the prompt or allow smaller models")
+        """Raises SweepError where even the best architecture that was met is over a limit."""
+        for name, limit in self.needed.items():
+            model, unit = self.forecast.models[name], self.readings.metric(name).unit
+            best = min(model.readings, key=lambda reading: reading.value)
+            low, _ = model.interval([best.config])
+            if limit is not None and min(best.value, float(low[0])) > limit:
+                raise SweepError(f"the best of {len(model.readings)} measured candidates has {name} {best.value:.4g} {unit}, "
+                                 f"the limit is {limit:.4g}; raise the limit, shorten the prompt or allow smaller models")
 
     def _confirm(self) -> None:
         """Measure the front's models again and score them with another seed; what that gives is an event `confirmed`."""
@@ -119,20 +140,21 @@ class Sweep:
         chosen = [trial for trial in spread(self.front(), list(self.plan.references), self.plan.confirm)
                   if trial.number not in known]  # fmt: skip
         with ThreadPoolExecutor(len(self.scorers) or 1) as pool:
-            again = {"seed": self.plan.seed + 1}
-            scores = [pool.submit(self.scorers[i % len(self.scorers)], {**trial.config["candidate"], **again})
+            other = {"seed": self.plan.seed + 1}
+            scores = [pool.submit(self.scorers[i % len(self.scorers)], {**trial.config["candidate"], **other})
                       for i, trial in enumerate(chosen) if self.scorers]  # fmt: skip
             for i, trial in enumerate(chosen):
-                job = self.readings.submit(f"confirm/{trial.number}/{trial.key}", self.candidate(trial))
-                ended = self.readings.wait([job])[0]
-                loss, reason = None, ended.reason
+                jobs = self.readings.submit_all(f"confirm/{trial.number}/{trial.key}", self.candidate(trial))
+                ended = self.readings.wait(jobs)
+                loss, reason = None, "; ".join(job.reason for job in ended if job.reason)
                 try:
                     loss = scores[i].result()["loss"] if scores else None
                 except (ValueError, RuntimeError) as error:  # what a scorer says of a candidate, or of itself
                     reason = str(error)
                 results = dict(trial.results or {})
-                self.store.event("confirmed", trial=trial.number, losses=[results.get("loss"), loss], reason=reason,
-                                 ttft_ms=[results.get("ttft_ms"), (ended.results or {}).get("ttft_ms")])  # fmt: skip
+                again = self.measured(dict(zip(self.readings.plan.points, ended, strict=True)))
+                detail: dict[str, Any] = {name: [results.get(name), value] for name, (value, _) in again.items()}
+                self.store.event("confirmed", trial=trial.number, losses=[results.get("loss"), loss], reason=reason, **detail)
                 self.tick()
 
 
@@ -151,9 +173,12 @@ class _Asker:
         """What the question rested on, and what is predicted of its trials."""
         sweep = self.sweep
         note_asked(sweep.store, sweep.forecast, sweep.plan.trials, made, wanted)
-        means, deviations = sweep.forecast.predict([trial.config["candidate"] for trial in made])
-        for trial, mean, deviation in zip(made, means, deviations, strict=True):
-            sweep.store.event("predicted", key=trial.key, trial=trial.number, ttft_ms=float(mean), deviation=float(deviation))
+        flats = [trial.config["candidate"] for trial in made]
+        said = {name: sweep.forecast.predict(name, flats) for name in sweep.needed}
+        for i, trial in enumerate(made):
+            means: dict[str, Any] = {name: float(mean[i]) for name, (mean, _) in said.items()}
+            deviations = {name: float(deviation[i]) for name, (_, deviation) in said.items()}
+            sweep.store.event("predicted", key=trial.key, trial=trial.number, deviations=deviations, **means)
 
     def tell(self, token: Any, results: Results | None, noise: Results) -> None:
         self.optimizer.tell(token, *answer_of(results, noise))
@@ -175,14 +200,17 @@ class _TrialPlan:
         return self.sweep.space.key(self.sweep.space.unflatten(config))
 
     def measures(self, config: Mapping[str, Any]) -> Sequence[Measure]:
-        readings = self.sweep.readings
-        request = readings.request(self.sweep.space.unflatten(config))
-        return [Measure(name="ttft", request=request, device_class=readings.device_class)]
+        readings, candidate = self.sweep.readings, self.sweep.space.unflatten(config)
+        requests = [readings.request(candidate, point) for point in readings.plan.points]
+        return [Measure(name=f"@{point}" if i else MAIN, request=request, device_class=readings.device_class,
+                        expect=readings.expect(request))
+                for i, (point, request) in enumerate(zip(readings.plan.points, requests, strict=True))]  # fmt: skip
 
     def results(self, measured: Mapping[str, Job], scores: Results) -> tuple[Results, Results]:
-        job = measured["ttft"]
-        errors = next(item.errors for item in self.sweep.readings.queue.readings(job.id) if item.role == "result")
-        return {**scores, "ttft_ms": (job.results or {})["ttft_ms"]}, {"ttft_ms": errors.get("ttft_ms", 0.0)}
+        points = self.sweep.readings.plan.points
+        found = self.sweep.measured({point: measured[f"@{point}" if i else MAIN] for i, point in enumerate(points)})
+        values = {name: value for name, (value, _) in found.items()}
+        return {**scores, **values}, {name: error for name, (_, error) in found.items() if name in self.sweep.needed}
 
 
 def build_once(

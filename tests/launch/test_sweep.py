@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 pytest.importorskip("botorch", reason="the search extra is not installed")
 
 from launch.sweep_config import from_dict, load_sweep, to_dict
-from launch.sweep_run import optimizer_maker, sweep_plan
+from launch.sweep_optimizer import optimizer_maker
+from launch.sweep_run import sweep_plan
 from launch.sweeps import SWEEPS
 from search.optim.catalog import KINDS
 from stages.errors import InputError
@@ -59,7 +61,9 @@ def test_a_pick_is_a_recipe_that_starts_from_the_inherited_checkpoint(searched, 
     assert done.returncode == 0, done.stderr
     [folder] = (tmp_path / "picks").iterdir()
     expected = json.loads((folder / "expected.json").read_text())
-    assert expected["ttft_ms"] > 0 and expected["device"] == ["model:oneplus_12"]
+    band = expected["predicted"]["ttft_ms"]
+    assert 0 < band["low"] < band["value"] < band["high"] and expected["device"] == ["model:oneplus_12"]
+    assert expected["search"]["ttft_ms"] > 0 and expected["search"]["loss"] > 0
     done = command("pretrain", "--recipe", folder / "recipe.toml", "--init-from", folder, "--output-dir", tmp_path / "run",
                    "--tracking.wandb", "disabled", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -92,7 +96,7 @@ def test_a_search_takes_the_optimizer_that_it_is_told(kind):
     sweep = load_sweep("smoke_search", {"optimizer": kind})
     assert sweep.comparable()["optimizer"] == kind
     space = sweep.make_space()
-    optimizer = optimizer_maker(kind)(space, sweep_plan(sweep), lambda flats: (np.ones(len(flats)), np.zeros(len(flats))))
+    optimizer = optimizer_maker(kind)(space, sweep_plan(sweep), lambda name, flats: (np.ones(len(flats)), 0))
     assert optimizer.kind == kind
     for token, flat in optimizer.ask(3):
         assert not space.violations(space.unflatten(flat))
@@ -110,3 +114,34 @@ def test_a_space_that_the_backbone_does_not_cover_is_refused():
         load_sweep("smoke_search", {"space.ffn_size": "[64, 4096]"})
     with pytest.raises(InputError, match="no feasible point"):
         load_sweep("smoke_search", {"space.limits.memory_bytes": "10"})
+
+
+def test_a_pick_is_trained_through_all_stages_packed_and_held_against_its_prediction(searched):
+    directory, _ = searched
+    [final] = [json.loads(path.read_text()) for path in (directory / "picks").glob("trial-*/final.json")]
+    folder = directory / "picks" / f"trial-{final['trial']:04d}"
+    expected = json.loads((folder / "expected.json").read_text())
+    band = expected["predicted"]["ttft_ms"]
+    assert final["ttft_ms"] == pytest.approx(band["value"], rel=0.1)
+    assert set(final["losses"]) == {"pretrain", "midtrain", "sft", "qat"}
+    assert final["loss"] == final["losses"]["pretrain"]["pretrain"] and 0 < final["loss"] < 7
+    assert (directory / final["run"] / "export" / "model.pocket").is_file()
+    page = (directory / "report.html").read_text()
+    assert "No model was exported" not in page and f"picks/trial-{final['trial']:04d}" in page
+
+
+def test_goals_that_make_no_sense_are_refused():
+    for overrides, words in [
+        ({"goal.objectives": '["loss", "decode_ms"]'}, "decode_ms, which has no limit; set goal.limits.decode_ms"),
+        ({"goal.objectives": '["ttft_ms"]'}, "expected loss first"),
+        ({"goal.limits": '{"ttft_ms@512x1" = 3.0}'}, "ttft_ms@512x1, which is not measured; measured are ttft_ms, decode_ms"),
+        ({"goal.limits": '{"speed" = 3.0}'}, "speed, which is not measured"),
+        ({"device.processor_time": "true", "device.threads": "2"}, "processor_time says nothing"),
+        ({"retrain_steps": '{"warmup" = 3}'}, "retrain_steps"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(words)):
+            load_sweep("smoke_search", overrides)
+    both = {"device.also": "[{prompt_tokens = 32}]", "goal.limits": '{"ttft_ms@32x1" = 3.0, "decode_ms" = 1.0}',
+            "goal.objectives": '["loss", "ttft_ms", "decode_ms"]'}  # fmt: skip
+    plan = sweep_plan(load_sweep("smoke_search", both))
+    assert plan.references.keys() == {"loss", "ttft_ms", "decode_ms"} and plan.limits == {"ttft_ms@32x1": 3.0}

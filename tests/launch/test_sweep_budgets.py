@@ -37,7 +37,7 @@ def test_the_page_says_which_trials_were_trained_briefly_and_none_is_on_the_fron
         store.finish_trial(0, "ok", {"loss": 5.0, "short_loss": 6.0, "ttft_ms": 2.0})
         store.finish_trial(1, "ok", {"loss": 4.8, "short_loss": 5.9, "ttft_ms": 3.0})
         store.finish_trial(2, "ok", {"predicted_loss": 3.0, "short_loss": 5.8, "ttft_ms": 1.0}, {"predicted_loss": 0.25})
-        record = record_of(sweep, store)
+        record = record_of(sweep, store, tmp_path)
     assert [trial.short for trial in record.trials] == [False, False, True]
     assert [point.trial for point in record.front] == [0, 1], "the fastest, and best by its prediction, but not trained"
     assert record.trials[2].values()["loss"] == 3.0 and record.trials[2].results == {"short_loss": 5.8, "ttft_ms": 1.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -103,7 +104,8 @@ def spread(space, plan, predict):
     """Proposes what is spread over the space, so that many a candidate is worth no full training."""
     domain = Domain(choices=space.flat_choices(), repair=space.repair, feasible=space.feasible)
     settings = Settings(initial=16, pool=150, generations=2, draws=16)
-    return Staged(domain, Goal(objectives=plan.references), plan.seed, known={"ttft_ms": predict}, settings=settings)
+    known = {"ttft_ms": partial(predict, "ttft_ms")}
+    return Staged(domain, Goal(objectives=plan.references), plan.seed, known=known, settings=settings)
 
 
 def short_sweep(folder, **changes):

@@ -17,17 +17,17 @@ from search.quality import SyntheticScorer
 from search.readings import KnownReadings
 from search.replay import _ranges, replay
 from search.simulated import Faults
-from tests.search.test_sweep_loop import LATENCY, PLAN, SPACE, Killed, make_staged, sweep_in
+from tests.search.test_sweep_loop import LATENCY, PLAN, QUICK, SPACE, Killed, make_staged, sweep_in
 
 
 def replayed(store, plan=PLAN, optimizer=make_staged):
-    readings = KnownReadings(JobQueue(store), SPACE, LATENCY)
+    readings = KnownReadings(JobQueue(store), SPACE, LATENCY, QUICK.times)
 
 
     def make(planned, predict):
         return optimizer(SPACE, replace(plan, trials=planned), predict)
 
-    return replay(store, readings, make, answer_of)
+    return replay(store, readings, plan.device_limits(), make, answer_of)
 
 
 class Slow(SyntheticScorer):
