@@ -38,14 +38,13 @@ def main() -> None:
         return
     parser = Parser(__doc__)
     parser.add_argument("--device", action="append", metavar="D", help="in place of the recipe's; again for more of a class")
-    parser.add_argument("--trials", metavar="N", help="in place of the recipe's")
-    parser.add_argument("--optimizer", metavar="NAME", help="in place of the recipe's: staged, botorch, tpe, ...")
+    for name, of in (("trials", "N"), ("retrain", "K"), ("optimizer", "NAME")):
+        parser.add_argument(f"--{name}", metavar=of, help="in place of the recipe's")
     options, overrides = parser.parse()
     from launch.sweep_config import load_sweep, save_sweep
 
-    for name in ("trials", "optimizer"):
-        if (value := getattr(options, name)) is not None:
-            overrides[name] = value
+    given = {name: getattr(options, name) for name in ("trials", "retrain", "optimizer")}
+    overrides |= {name: value for name, value in given.items() if value is not None}
     sweep = load_sweep(options.recipe, overrides, options.device)
     directory = options.output_dir or Path("runs") / sweep.name
     if (directory / "sweep.toml").is_file():

@@ -119,6 +119,11 @@ class QualityConfig:
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
+    source: Literal["pruned", "supernet"] = "pruned"
+    """`supernet`: one set of shared weights is trained on all architectures first, and each is scored with it as it is."""
+    routing: Literal["layer", "neuron", "plain"] = "layer"
+    """How a supernet mixes its experts by architecture; `plain` has none."""
+    supernet_steps: Positive = 1000
     backbone: str = ""
     """Run or checkpoint; empty trains the recipe's pre-training stage first, in the sweep's directory."""
     budget_tokens: Annotated[int, Ge(1), Le(10**15)]
@@ -168,20 +173,15 @@ class SweepRecipe:
             if largest > has:
                 raise ValueError(f"space.{name} goes up to {largest}, the backbone has {has}: it cannot be cut from it; "
                                  "take smaller choices or a larger recipe.model")  # fmt: skip
+        if self.quality.source == "supernet" and (self.quality.backbone or self.recipe.pretrain is None):
+            raise ValueError("quality.source supernet trains its own weights on the recipe's pretrain stage; leave "
+                             "quality.backbone empty and give the recipe that stage")  # fmt: skip
         if unknown := [name for name in self.retrain_steps if name not in self.recipe.stages()]:
             raise ValueError(f"retrain_steps has {unknown[0]}; the recipe has {', '.join(self.recipe.stages())}")
         measured = [metric.name for metric in metrics_at(self.points(), self.main)]
         if strange := [name for name in self.goal.device_limits() if name not in measured]:
             raise ValueError(f"goal has {strange[0]}, which is not measured; measured are {', '.join(measured)} (device.also "
                              "adds prompt lengths and threads)")  # fmt: skip
-
-    @property
-    def main(self) -> Point:
-        return Point(self.device.prompt_tokens, self.device.threads)
-
-    def points(self) -> tuple[Point, ...]:
-        return (self.main, *(Point(point.prompt_tokens, point.threads) for point in self.device.also))
-
         short, budget = self.quality.short_tokens, self.quality.budget_tokens
         if short >= budget:
             raise ValueError(f"quality.short_tokens {short} is no shorter than quality.budget_tokens {budget}; take fewer, or "
@@ -189,6 +189,15 @@ class SweepRecipe:
         if short and self.optimizer != "staged":
             raise ValueError(f"quality.short_tokens {short} with optimizer {self.optimizer}, which would take a predicted loss "
                              "for a measured one; take optimizer staged, or short_tokens 0")  # fmt: skip
+        if short and self.quality.source == "supernet":
+            raise ValueError(f"quality.short_tokens {short} with quality.source supernet, which trains no candidate; leave it 0")
+
+    @property
+    def main(self) -> Point:
+        return Point(self.device.prompt_tokens, self.device.threads)
+
+    def points(self) -> tuple[Point, ...]:
+        return (self.main, *(Point(point.prompt_tokens, point.threads) for point in self.device.also))
 
     def make_space(self) -> Space:
         """Raises ValueError that names the entry."""

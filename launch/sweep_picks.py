@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.rundir import write_json
 from launch.sweep_config import SweepRecipe
+from launch.sweep_supernet import extract_pick
 from search.front import front, knee
 from search.readings import Readings
 from search.records import Trial
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 PICKS = "picks"
 ROOT = Path(__file__).resolve().parent.parent
 Backbone = tuple[Path, Path]
-"""(checkpoint, JSON of its importance)."""
+"""(checkpoint, JSON of its importance), or a supernet's folder and nothing."""
 
 
 def predictions(store: Store) -> dict[int, dict[str, float]]:
@@ -92,9 +93,12 @@ def write_pick(
         return folder
     checkpoint = latest(folder / "checkpoints")
     if checkpoint is None:
-        options = PruneOptions(variant=sweep.quality.variant, layers=sweep.quality.layers)
         config = space.to_config(space.unflatten(trial.config["candidate"]))
-        checkpoint = prune_checkpoint(*backbone, config, folder, options)
+        if sweep.quality.source == "supernet":
+            checkpoint = extract_pick(sweep, backbone[0].parent, config, folder)
+        else:
+            options = PruneOptions(variant=sweep.quality.variant, layers=sweep.quality.layers)
+            checkpoint = prune_checkpoint(*backbone, config, folder, options)
     model, _ = read_model(checkpoint)
     save_toml(replace(_longer(sweep), name=f"{sweep.name}-{trial.number:04d}", model=model), folder / "recipe.toml")
     device, results = sweep.device, dict(trial.results or {})

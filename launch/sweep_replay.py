@@ -26,6 +26,9 @@ def replay_sweep(sweep: SweepRecipe, directory: Path, optimizer: str | None = No
         raise InputError(f"--optimizer {optimizer}: this sweep's is {sweep.optimizer}, and only its questions have answers; "
                          "another would ask for models that nobody measured or trained: start a sweep with "
                          f"--optimizer {optimizer}, or compare with benchmarks/search_front.py")  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)  # as in the search: sums in another order round differently
     space, plan = sweep.make_space(), sweep_plan(sweep)
 
     def make(planned: int, predict: Callable[..., Any]) -> Any:

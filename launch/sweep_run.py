@@ -18,6 +18,7 @@ from launch.sweep_config import DeviceConfig, SweepRecipe
 from launch.sweep_optimizer import optimizer_maker
 from launch.sweep_picks import predictions, read_picks, retrain_front
 from launch.sweep_score import CandidateScorer
+from launch.sweep_supernet import prepare_supernet
 from modeling.config import ModelConfig
 from search.agent.measuring import Gate
 from search.budgets import TwoBudgets
@@ -69,7 +70,10 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
 
 
 def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
-    """(checkpoint, JSON of its importance). Trains the recipe's pre-training stage where no backbone is named."""
+    """(checkpoint, JSON of its importance). Trains the recipe's pre-training stage where no backbone is named.
+
+    Of a search with a supernet: its folder, and nothing.
+    """
     from launch.prune import calibrate
     from launch.runner import train_stages
     from modeling.prune import uncovered
@@ -77,6 +81,8 @@ def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], N
     from stages.prune import inherit_positions
     from stages.state import read_model
 
+    if sweep.quality.source == "supernet":
+        return prepare_supernet(sweep, directory, say), Path()
     named = sweep.quality.backbone
     if not named:
         if sweep.recipe.pretrain is None:

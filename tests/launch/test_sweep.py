@@ -19,6 +19,7 @@ from launch.sweep_run import sweep_plan
 from launch.sweeps import SWEEPS
 from search.optim.catalog import KINDS
 from stages.errors import InputError
+from stages.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -145,3 +146,21 @@ def test_goals_that_make_no_sense_are_refused():
             "goal.objectives": '["loss", "ttft_ms", "decode_ms"]'}  # fmt: skip
     plan = sweep_plan(load_sweep("smoke_search", both))
     assert plan.references.keys() == {"loss", "ttft_ms", "decode_ms"} and plan.limits == {"ttft_ms@32x1": 3.0}
+
+
+def test_a_supernet_is_a_second_source_of_quality(tmp_path):
+    small = ["--quality.source", "supernet", "--quality.supernet_steps", "3", "--trials", "3", "--retrain", "0",
+             "--recipe.evaluation.prompts", "[]"]  # fmt: skip
+    done = command("sweep", "--recipe", "smoke_search", "--output-dir", tmp_path / "s", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "training the supernet, 3 steps of 4 architectures each" in done.stderr
+    front = json.loads((tmp_path / "s" / "front.json").read_text())
+    assert front and all(4 < point["loss"] < 7 for point in front)
+    done = command("sweep", "export", tmp_path / "s", "--output", tmp_path / "picks", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [folder] = (tmp_path / "picks").iterdir()
+    trial = int(folder.name.removeprefix("trial-"))
+    [point] = [point for point in front if point["trial"] == trial]
+    config = load_model(folder).config
+    shape = {name: getattr(config, name) for name in ("num_layers", "hidden_size", "ffn_size")}
+    assert shape.items() <= point["candidate"].items()
