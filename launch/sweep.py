@@ -6,6 +6,7 @@
     python launch/sweep.py resume DIR              go on, also after a kill; --trials N for more, --retrain K to train picks
     python launch/sweep.py export DIR --pick 3     recipes with inherited checkpoints, for launch/recipe.py --init-from
     python launch/sweep.py check DIR               does the database agree with the optimizer's state?
+    python launch/sweep.py replay DIR              does the optimizer ask the same again, given the stored answers?
 
 A search is killed and resumed at any point; its database is DIR/sweep.db.
 """
@@ -13,6 +14,7 @@ A search is killed and resumed at any point; its database is DIR/sweep.db.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from contextlib import closing
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from launch.sweep_config import SweepRecipe
     from search.store import Store
 
-VERBS = ("status", "resume", "export", "check")
+VERBS = ("status", "resume", "export", "check", "replay")
 
 
 def main() -> None:
@@ -37,12 +39,13 @@ def main() -> None:
         return
     parser = Parser(__doc__)
     parser.add_argument("--device", action="append", metavar="D", help="in place of the recipe's; again for more of a class")
-    for name, of in (("trials", "N"), ("retrain", "K")):
+    for name, of in (("trials", "N"), ("retrain", "K"), ("optimizer", "NAME")):
         parser.add_argument(f"--{name}", metavar=of, help="in place of the recipe's")
     options, overrides = parser.parse()
     from launch.sweep_config import load_sweep, save_sweep
 
-    overrides |= {name: value for name in ("trials", "retrain") if (value := getattr(options, name)) is not None}
+    given = {name: getattr(options, name) for name in ("trials", "retrain", "optimizer")}
+    overrides |= {name: value for name, value in given.items() if value is not None}
     sweep = load_sweep(options.recipe, overrides, options.device)
     directory = options.output_dir or Path("runs") / sweep.name
     if (directory / "sweep.toml").is_file():
@@ -76,6 +79,8 @@ def _verb(verb: str, argv: list[str]) -> None:
     if verb == "export":
         parser.add_argument("--pick", type=int, default=1, metavar="K", help="how many models of the front (default 1)")
         parser.add_argument("--output", type=Path, metavar="P", help="folder for them (default DIR/picks)")
+    if verb == "replay":
+        parser.add_argument("--optimizer", metavar="NAME", help="only the sweep's own: no other's questions have answers here")
     if verb == "resume":
         parser.add_argument("--trials", type=int, metavar="N", help="go on to so many")
         parser.add_argument("--retrain", type=int, metavar="K", help="train so many models of the front through all stages")
@@ -98,6 +103,10 @@ def _verb(verb: str, argv: list[str]) -> None:
         _status(options.directory, sweep)
     elif verb == "export":
         _export(options.directory, sweep, options.pick, options.output or options.directory / "picks")
+    elif verb == "replay":
+        from launch.sweep_replay import replay_sweep
+
+        sys.stdout.write(replay_sweep(sweep, options.directory, options.optimizer) + "\n")
     else:
         from launch.sweep_run import disagreements
 
@@ -149,7 +158,11 @@ def _run(sweep: SweepRecipe, directory: Path) -> None:
             live.stop()
     _status(directory, sweep)
     if not found:
-        raise RunError("no model is within the limits; raise goal.ttft_ms or goal.loss, or let it try more (resume --trials N)")
+        raise RunError("no model is within the limits; raise goal.ttft_ms, or let it try more (resume --trials N)")
+    losses = [(trial.results or {}).get("loss", math.inf) for trial in found]
+    if min(losses) > sweep.goal.loss:
+        _say(f"warning: the best loss is {min(losses):.4g}; goal.loss = {sweep.goal.loss:g} was to be just of no use. Train "
+             "longer, or set it higher, so that the search can tell models apart by it")
 
 
 def _status(directory: Path, sweep: SweepRecipe) -> None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 FIGURES = ("r2", "mape", "within_10", "spearman", "kendall", "coverage")
+ROUTINE = ("asked", "told", "predicted", "latency_model")
+"""Events that every search has at every step: its memory, nothing that a reader of the page should know of."""
 PREDICTED = "predicted_"
 """Before the name of a result that is a prediction."""
 
@@ -61,14 +63,15 @@ def from_store(
             number=trial.number, key=trial.key, config=config, state=trial.state, reason=trial.reason,
             results=results if trial.results is not None else None, noise=_split(trial.noise)[0],
             predicted=guessed | _numbers((predicted or {}).get(trial.number, {})), fidelity=fidelities.get(trial.number),
-            duplicate_of=trial.duplicate_of))  # fmt: skip
+            duplicate_of=trial.duplicate_of, short="loss" in guessed and "loss" not in results))  # fmt: skip
     events = store.events()
     if not latency:
         latency = _reported(events, (*objectives, *limits))
     record = SweepRecord(
         name=name, objectives=tuple(objectives), limits=tuple(limits), fidelity=chosen, phase=store.phase, trials=tuple(trials),
         latency=tuple(latency), ranking=ranking, devices=_devices(store, events),
-        events=dict(sorted(Counter(event.kind for event in events).items())), space_size=space_size, picks=tuple(picks),
+        events=dict(sorted(Counter(event.kind for event in events if event.kind not in ROUTINE).items())),
+        space_size=space_size, picks=tuple(picks),
         notes=tuple(notes))  # fmt: skip
     order = {trial.number: trial.told for trial in store.trials() if trial.told is not None}
     front, dropped = confirm(front_of(record), confirmations(store, trials), objectives, limits)

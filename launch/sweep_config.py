@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from launch.config import Recipe, first_problem, plain, read_toml
 from launch.overrides import apply_overrides
 from search.metrics import Point, metrics_at
+from search.optim.catalog import Kind
 from search.space import Space
 from stages.config import Positive, StageName
 from stages.errors import InputError
@@ -127,6 +128,8 @@ class QualityConfig:
     """Run or checkpoint; empty trains the recipe's pre-training stage first, in the sweep's directory."""
     budget_tokens: Annotated[int, Ge(1), Le(10**15)]
     """Of one candidate's short training."""
+    short_tokens: Annotated[int, Ge(0), Le(10**15)] = 0
+    """Above 0: a shorter training first; the full one only where that leaves a chance of a better front (docs/search.md)."""
     calibration_sequences: Positive = 64
     variant: Literal["wanda", "energy", "magnitude", "taylor", "weights", "random"] = "wanda"
     layers: Literal["cosine", "loss"] = "cosine"
@@ -157,6 +160,8 @@ class SweepRecipe:
     retrain_steps: dict[StageName, Positive] = field(default_factory=dict)
     """In place of the recipe's, in what is exported: a picked model inherits its weights and may need less."""
     seed: Annotated[int, Ge(0)] = 0
+    optimizer: Kind = "staged"
+    """`staged` knows the latency model and asks for little; the others (docs/search.md) are for comparison."""
 
     def __post_init__(self) -> None:
         space = self.make_space()
@@ -177,6 +182,15 @@ class SweepRecipe:
         if strange := [name for name in self.goal.device_limits() if name not in measured]:
             raise ValueError(f"goal has {strange[0]}, which is not measured; measured are {', '.join(measured)} (device.also "
                              "adds prompt lengths and threads)")  # fmt: skip
+        short, budget = self.quality.short_tokens, self.quality.budget_tokens
+        if short >= budget:
+            raise ValueError(f"quality.short_tokens {short} is no shorter than quality.budget_tokens {budget}; take fewer, or "
+                             "0 for one budget")  # fmt: skip
+        if short and self.optimizer != "staged":
+            raise ValueError(f"quality.short_tokens {short} with optimizer {self.optimizer}, which would take a predicted loss "
+                             "for a measured one; take optimizer staged, or short_tokens 0")  # fmt: skip
+        if short and self.quality.source == "supernet":
+            raise ValueError(f"quality.short_tokens {short} with quality.source supernet, which trains no candidate; take 0")
 
     @property
     def main(self) -> Point:

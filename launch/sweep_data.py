@@ -80,6 +80,8 @@ class TrialRecord:
     fidelity: str | None = None
     """Of its measurements; None where none was made."""
     duplicate_of: int | None = None
+    short: bool = False
+    """Trained at the short budget alone: its loss is predicted from that one's, and it is on no front."""
 
     def values(self) -> dict[str, float]:
         """What the trial counts as: measured where it was measured, predicted where not. Empty without results."""
@@ -240,8 +242,9 @@ class SweepRecord:
                     math.isfinite(trial.values().get(goal.name, math.nan)) for goal in self.objectives)]  # fmt: skip
 
     def within(self) -> list[TrialRecord]:
-        """Judged trials that keep every limit."""
-        return [trial for trial in self.judged() if all(limit.kept_by(trial.values()) for limit in self.limits)]
+        """Judged trials that keep every limit, and were trained in full."""
+        return [trial for trial in self.judged()
+                if not trial.short and all(limit.kept_by(trial.values()) for limit in self.limits)]  # fmt: skip
 
     def tried(self, metric: str) -> list[Miss]:
         """Trials that were predicted before they were measured, each model once."""

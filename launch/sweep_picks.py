@@ -56,7 +56,7 @@ def front_of(sweep: SweepRecipe, store: Store) -> list[Trial]:
 
     plan = sweep_plan(sweep)
     gone = {point.trial for point in record_of(sweep, store, store.path.parent).dropped}
-    return [trial for trial in front(store.trials("ok"), plan.references, plan.limits) if trial.number not in gone]
+    return [trial for trial in front(store.trials("ok"), plan.references, plan.bounds()) if trial.number not in gone]
 
 
 def choose_picks(sweep: SweepRecipe, store: Store, count: int) -> list[Trial]:

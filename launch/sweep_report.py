@@ -134,7 +134,8 @@ def _tip(record: SweepRecord, trial: TrialRecord, scale: int) -> dict[str, Any]:
     model, front = trial.model(), {point.trial for point in record.front}
     dropped = trial.number in {point.trial for point in record.dropped}
     place = ("on the front" if trial.number in front else "dropped from the front" if dropped
-             else "keeps the limits" if trial in record.within() else "over a limit")  # fmt: skip
+             else "keeps the limits" if trial in record.within()
+             else "trained briefly alone" if trial.short else "over a limit")  # fmt: skip
     return {"number": trial.number, "place": place, "values": _values(record, trial), "shape": shape(trial),
             "pattern": pattern(trial), "spoken": spoken(model) if model else "",
             "drawing": drawing(model, scale, f"Trial {trial.number}") if model else ""}  # fmt: skip

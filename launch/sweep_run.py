@@ -8,18 +8,21 @@ import random
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch.ray_head import shared_cluster
 from launch.rundir import write_json
+from launch.sweep_budgets import ranking_of, short_notes
 from launch.sweep_config import DeviceConfig, SweepRecipe
+from launch.sweep_optimizer import optimizer_maker
 from launch.sweep_picks import predictions, read_picks, retrain_front
 from launch.sweep_score import CandidateScorer
 from launch.sweep_supernet import prepare_supernet
 from launch.sweep_wandb import SweepWatch
 from modeling.config import ModelConfig
 from search.agent.measuring import Gate
+from search.budgets import TwoBudgets
 from search.devices import MeasureRequest, open_device
 from search.farm import Farm
 from search.members import Member, Policy
@@ -45,12 +48,14 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
     import torch
 
     space = sweep.make_space()
-    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store, SweepWatch(sweep, directory, store.path):
+    room = shared_cluster(sweep.recipe.launch, sweep.quality.processes)
+    watch = SweepWatch(sweep, directory, directory / DATABASE)
+    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store, room, watch:
         backbone, importance = prepare_backbone(sweep, directory, say)
         torch.set_num_threads(1)  # what this process computes from now on is small, and the scoring processes need the cores
         members = [Member(open_device(name)) for name in sweep.device.names]
         build = build_once(directory / "shapes", _write_random, _shape_key)
-        farm = Farm(store, members, policy=_policy(sweep.device), sentinel=_sentinel(sweep, build))
+        farm = Farm(store, members, policy=policy_of(sweep.device), sentinel=_sentinel(sweep, build))
         farm.queue.recover()
         expect = ReferenceOutput(open_device("local")) if any(member.fidelity in CHECKED for member in members) else _unknown
         readings = Readings(farm, space, latency_plan(sweep), build, tick=lambda: tick(store), expect=expect)
@@ -58,7 +63,8 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
             scores = directory / "scores"
             scorers = [stack.enter_context(closing(CandidateScorer(directory / SPEC, backbone, importance, scores)))
                        for _ in range(sweep.quality.processes)]  # fmt: skip
-            found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make_staged, lambda: tick(store)).run()
+            make = optimizer_maker(sweep.optimizer)
+            found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make, lambda: tick(store)).run()
         if found and sweep.retrain:
             retrain_front(sweep, directory, readings, (backbone, importance), say)
         write_front(directory / "front.json", space, store, found, record_of(sweep, store, directory))
@@ -95,21 +101,10 @@ def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], N
     return checkpoint, calibrate(checkpoint, sweep.recipe, sweep.quality.calibration_sequences)
 
 
-def make_staged(space: Space, plan: SweepPlan, predict: Callable[..., Any]) -> Any:
-    from search.optim.base import Domain, Goal
-    from search.optim.staged import Settings, Staged
-
-    domain = Domain(choices=space.flat_choices(), repair=space.repair, feasible=space.feasible)
-    goal = Goal(objectives=plan.references, limits=plan.limits)
-    settings = Settings(initial=max(4, min(16, plan.trials // 4)))
-    return Staged(domain, goal, plan.seed, known={name: partial(predict, name) for name in plan.device_limits()},
-                  settings=settings)  # fmt: skip
-
-
 def sweep_plan(sweep: SweepRecipe) -> SweepPlan:
     bounds = {"loss": sweep.goal.loss, **sweep.goal.device_limits()}
     return SweepPlan(trials=sweep.trials, batch=sweep.batch, confirm=sweep.confirm, seed=sweep.seed,
-                     references={name: bounds[name] for name in sweep.goal.objectives},
+                     short_tokens=sweep.quality.short_tokens, references={name: bounds[name] for name in sweep.goal.objectives},
                      limits={name: bound for name, bound in bounds.items() if name not in sweep.goal.objectives})  # fmt: skip
 
 
@@ -122,7 +117,7 @@ def latency_plan(sweep: SweepRecipe) -> LatencyPlan:
     )  # fmt: skip
 
 
-def _policy(device: DeviceConfig) -> Policy:
+def policy_of(device: DeviceConfig) -> Policy:
     return Policy(warmup=device.warmup, min_repeats=device.min_repeats, max_repeats=device.max_repeats, drift=device.drift,
                   processor_time=device.processor_time, sentinel_jobs=device.sentinel_jobs or Policy.sentinel_jobs,
                   cool_s=device.cool_s, rest_s=device.rest_s, reboot=device.reboot,
@@ -190,11 +185,13 @@ def record_of(sweep: SweepRecipe, store: Store, directory: Path) -> SweepRecord:
     bounds = goal.device_limits()
     loss = Objective(name="loss", label="held-out loss", unit="nats a token", reference=goal.loss)
     others = [Objective(**words[name], reference=bounds[name]) for name in goal.objectives[1:]]  # type: ignore[arg-type]
+    agreement = TwoBudgets(store, sweep.quality.short_tokens, {"loss": goal.loss}).agreement()
     return from_store(
         store, name=sweep.name, objectives=(loss, *others),
         limits=[Limit(**words[name], value=bound) for name, bound in bounds.items()],  # type: ignore[arg-type]
         space_size=space.size(), to_model=lambda config: space.to_config(space.unflatten(config["candidate"])),
-        predicted=predictions(store), picks=read_picks(directory),
+        predicted=predictions(store), picks=read_picks(directory), ranking=ranking_of(agreement, loss),
+        notes=short_notes(sweep.quality.short_tokens, store.trials("ok"), agreement),
     )  # fmt: skip
 
 
@@ -218,5 +215,5 @@ def disagreements(sweep: SweepRecipe, directory: Path) -> list[str]:
             problems.append(f"trial {trial.number} is {trial.key}, the optimizer asked {asked}")
         if (known["values"] is None) != (trial.results is None) and trial.told is not None:
             problems.append(f"trial {trial.number} is {trial.state}, the optimizer was told {known['status']}")
-    make_staged(space, plan, lambda metric, flats: None).load(stored)
+    optimizer_maker(sweep.optimizer)(space, plan, lambda metric, flats: (0.0, 0.0)).load(stored)
     return problems

@@ -116,6 +116,7 @@ class Verdict:
 def verdict(record: SweepRecord) -> Verdict:
     """What the search came to."""
     judged, within, states = record.judged(), record.within(), Counter(trial.state for trial in record.trials)
+    judged = [trial for trial in judged if not trial.short] or judged
     if not record.trials:
         return Verdict("No model has been tried yet.", f"The search is in its phase {record.phase!r}.", "none")
     if not judged:

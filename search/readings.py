@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from search.devices.base import MeasureRequest
 from search.farm import Farm
 from search.jobs import JobQueue
 from search.metrics import DeviceMetric, Point, metrics_at, parse_metric
-from search.records import Job
+from search.records import Job, StoredReading
 from search.reference_output import Expect
 from search.space import Candidate, Space
 
@@ -65,7 +65,73 @@ class LatencyPlan:
                               threads=at.threads, kv=self.kv, timeout_s=self.timeout_s)  # type: ignore[arg-type]  # fmt: skip
 
 
-class Readings:
+class KnownReadings:
+    """What a sweep's database knows of a device's numbers; nothing is measured."""
+
+    def __init__(
+        self, queue: JobQueue, space: Space, plan: LatencyPlan, times: tuple[str, str], device_class: str = ""
+    ) -> None:
+        """`times`: what measurements call the time to the first token and the decode rate (`Policy.times`)."""
+        self.queue, self.space, self.plan, self.times, self.device_class = queue, space, plan, times, device_class
+
+    def metric(self, name: str) -> DeviceMetric:
+        return parse_metric(name, self.plan.main)
+
+    def metrics(self) -> list[DeviceMetric]:
+        """Everything that is measured."""
+        return metrics_at(self.plan.points, self.plan.main)
+
+    def counting(self) -> list[int]:
+        """Jobs whose results count now, of the latency stage and of trials; of one that was done again the newest.
+
+        Models are fitted on these: their ids, in this order, say later what was known.
+        """
+        first = [job.id for job in self.queue.jobs("ok", kind="measure")
+                 if job.replaces is None and (job.trial is not None or job.name.startswith("latency/"))]  # fmt: skip
+        newest = [self.queue.newest(job) for job in first]
+        return [job.id for job in newest if job.state == "ok"]
+
+    def value(self, job: Job, metric: DeviceMetric) -> tuple[float, float] | None:
+        """(value, standard error or 0) of what a job measured; None where it brought nothing."""
+        if job.state != "ok" or job.results is None:
+            return None
+        return metric.read(job.results, self._accepted(job).errors, self.times)
+
+    def _accepted(self, job: Job) -> StoredReading:
+        """Of a job that is ok: its result, also where that was found to have drifted since."""
+        return next(item for item in self.queue.readings(job.id) if item.role != "confirmation")
+
+    def all(self, metric: DeviceMetric, jobs: Sequence[int] | None = None) -> list[Reading]:
+        """Every reading at the metric's point, of all jobs that count or of those that did once."""
+        from search.latency.model import Reading
+
+        keys = {trial.number: trial.key for trial in self.queue.store.trials()}
+        found = []
+        for job in (self.queue.job(number) for number in (self.counting() if jobs is None else jobs)):
+            name, _, at = self._first(job).name.partition("@")
+            value = self.value(job, metric) if (not at if metric.main else at == str(metric.point)) else None
+            if value is not None:
+                key = name.removeprefix("latency/") if job.trial is None else keys[job.trial]
+                found.append(Reading(config=self.space.to_config(self.space.from_key(key)), value=value[0],
+                                     std_error=value[1] or None, fidelity=self._accepted(job).fidelity))  # fmt: skip
+        return found
+
+    def _first(self, job: Job) -> Job:
+        """The job that this one measured again, if it did."""
+        while job.replaces is not None:
+            job = self.queue.job(job.replaces)
+        return job
+
+    def fit(self, metric: DeviceMetric, jobs: Sequence[int] | None = None) -> LatencyModel:
+        """Raises ValueError where too few readings came back to fit anything."""
+        from search.latency.model import Key, LatencyModel
+
+        key = Key(device_class=self.device_class, runtime=self.plan.runtime, threads=metric.point.threads, metric=metric.kind,
+                  context=metric.point.prompt_tokens)  # fmt: skip
+        return LatencyModel.fit(key, self.all(metric, jobs))
+
+
+class Readings(KnownReadings):
     """Submits measurements of architectures, waits for them, and gives what came back."""
 
     def __init__(
@@ -74,19 +140,8 @@ class Readings:
     ) -> None:  # fmt: skip
         """`build` writes (or finds) the packed file of an architecture; its weights do not matter. `expect` gives the checksum
         of its right output, where that is known."""
-        self.farm, self.space, self.plan, self.build = farm, space, plan, build
-        self.device_class, self.tick, self.expect = device_class, tick, expect
-
-    @property
-    def queue(self) -> JobQueue:
-        return self.farm.queue
-
-    def metric(self, name: str) -> DeviceMetric:
-        return parse_metric(name, self.plan.main)
-
-    def metrics(self) -> list[DeviceMetric]:
-        """Everything that is measured."""
-        return metrics_at(self.plan.points, self.plan.main)
+        super().__init__(farm.queue, space, plan, farm.policy.times, device_class)
+        self.farm, self.build, self.tick, self.expect = farm, build, tick, expect
 
     def request(self, candidate: Candidate, point: Point | None = None) -> MeasureRequest:
         return self.plan.request(self.build(self.space.to_config(candidate)), point)
@@ -112,44 +167,6 @@ class Readings:
             self.tick()
             time.sleep(POLL_S)
 
-    def value(self, job: Job, metric: DeviceMetric) -> tuple[float, float] | None:
-        """(value, standard error or 0) of what a job measured; None where it brought nothing."""
-        if job.state != "ok" or job.results is None:
-            return None
-        errors = next(item.errors for item in self.queue.readings(job.id) if item.role == "result")
-        return metric.read(job.results, errors, self.farm.policy.times)
-
-    def all(self, metric: DeviceMetric) -> list[Reading]:
-        """Every reading there is at the metric's point, of this stage's jobs and of trials that were measured."""
-        from search.latency.model import Reading
-
-        found = []
-        for key, job in self._jobs(metric):
-            newest = self.queue.newest(job.id)
-            value = self.value(newest, metric)
-            if value is not None:
-                fidelity = next(item.fidelity for item in self.queue.readings(newest.id) if item.role == "result")
-                config = self.space.to_config(self.space.from_key(key))
-                found.append(Reading(config=config, value=value[0], std_error=value[1] or None, fidelity=fidelity))
-        return found
-
-    def _jobs(self, metric: DeviceMetric) -> Iterator[tuple[str, Job]]:
-        """(architecture, job) of each first measurement at the metric's point."""
-        trials = {trial.number: trial.key for trial in self.queue.store.trials()}
-        for job in self.queue.jobs("ok", kind="measure"):
-            name, _, at = job.name.partition("@")
-            here = not at if metric.main else at == str(metric.point)
-            if job.replaces is None and here and (job.trial is not None or name.startswith("latency/")):
-                yield (trials[job.trial] if job.trial is not None else name.removeprefix("latency/")), job
-
-    def fit(self, metric: DeviceMetric) -> LatencyModel:
-        """Raises ValueError where too few readings came back to fit anything."""
-        from search.latency.model import Key, LatencyModel
-
-        key = Key(device_class=self.device_class, runtime=self.plan.runtime, threads=metric.point.threads, metric=metric.kind,
-                  context=metric.point.prompt_tokens)  # fmt: skip
-        return LatencyModel.fit(key, self.all(metric))
-
 
 def learn_latency(readings: Readings, seed: int, limits: Mapping[str, float | None]) -> dict[str, LatencyModel]:
     """Buy readings until the gates of every metric in `limits` are met or the plan's are used up; each fit is an event
@@ -161,8 +178,7 @@ def learn_latency(readings: Readings, seed: int, limits: Mapping[str, float | No
     space, plan, queue = readings.space, readings.plan, readings.queue
     metrics = [readings.metric(name) for name in limits]
     first = space.sample(random.Random(seed), plan.readings)
-    for candidate in first:
-        readings.submit_all(f"latency/{space.key(candidate)}", candidate)
+    _buy(readings, first)
     while True:
         jobs = [job for job in queue.jobs(kind="measure") if job.name.startswith("latency/") and job.replaces is None]
         readings.wait([job.id for job in jobs])
@@ -175,8 +191,17 @@ def learn_latency(readings: Readings, seed: int, limits: Mapping[str, float | No
         if all(passed.values()) or count < 1:
             return models
         worst = next(name for name, good in passed.items() if not good)
-        for candidate in _worth_most(models[worst], space, fresh, count, seed + len(known), limits[worst]):
-            readings.submit_all(f"latency/{space.key(candidate)}", candidate)
+        _buy(readings, _worth_most(models[worst], space, fresh, count, seed + len(known), limits[worst]))
+
+
+def _buy(readings: Readings, candidates: Sequence[Candidate]) -> None:
+    """All or none: half of what a fit chose would, after a kill, be a fit of its own and choose others."""
+    for candidate in candidates:
+        for point in readings.plan.points:
+            readings.expect(readings.request(candidate, point))  # files and checksums first: the database is then locked
+    with readings.queue.store.transaction():
+        for candidate in candidates:
+            readings.submit_all(f"latency/{readings.space.key(candidate)}", candidate)
 
 
 def report_others(readings: Readings, known: Container[str]) -> None:

@@ -19,17 +19,18 @@ import numpy as np
 
 from modeling.config import ModelConfig
 from search.alarms import raise_alarms
+from search.budgets import TwoBudgets, answer_of
 from search.front import front, spread
 from search.metrics import Point
 from search.readings import Readings, learn_latency, report_others
 from search.records import Job, Results, Trial
+from search.replay import Forecast, note_asked
 from search.service import Measure, Service, SweepError
 from search.space import Candidate, Space
 from search.store import Store
 from search.workers import Score
 
 if TYPE_CHECKING:
-    from search.latency.model import LatencyModel
     from search.optim.base import Optimizer
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,17 @@ class SweepPlan:
     confirm: int = 8
     """Models of the front that are measured and scored a second time."""
     seed: int = 0
+    short_tokens: int = 0
+    """Above 0: trials are scored at this budget first (search/budgets.py)."""
+    least_pairs: int = 20
+    """Trials scored at both budgets before a short score may stand alone."""
 
+    def bounds(self) -> dict[str, float]:
+        """What a model must keep to be on the front: every limit. A loss that is no longer of use still counts: a search that
+        asked for too much has a front to learn that from."""
+        return {**self.limits, **self.device_limits()}
 
-    def device_limits(self) -> dict[str, float | None]:
+    def device_limits(self) -> dict[str, float]:
         """By name, the device's numbers that the search depends on, and the largest that is of use."""
         names = [name for name in (*self.references, *self.limits) if name != "loss"]
         return {name: min(self.references.get(name, np.inf), self.limits.get(name, np.inf)) for name in names}
@@ -77,7 +86,7 @@ class Sweep:
         self.scorers, self.make_optimizer, self.tick = scorers, make_optimizer, tick
         self.metrics = readings.metrics()
         self.needed = plan.device_limits()
-        self.latency: dict[str, LatencyModel] = {}
+        self.forecast = Forecast(readings, self.needed)
         if unknown := self.needed.keys() - {metric.name for metric in self.metrics}:
             raise SweepError(f"{sorted(unknown)[0]} is wanted and not measured; measured are "
                              f"{', '.join(metric.name for metric in self.metrics)}")  # fmt: skip
@@ -87,14 +96,17 @@ class Sweep:
         self._enter("latency", after="space")
         if self.store.phase == "latency":
             with self.readings.farm:
-                self.latency = learn_latency(self.readings, self.plan.seed, self.needed)
+                learn_latency(self.readings, self.plan.seed, self.needed)
             report_others(self.readings, self.needed)
-        else:  # judged once: with the trials' readings the gates might ask for more, and the search would be another
-            self.refit()
+        # Judged once: with the trials' readings the gates might ask for more, and the search would be another.
+        self.forecast.refit()
         self._check_reachable()
         self._enter("pareto", after="latency")
-        service = Service(self.store, self.readings.farm, _Asker(self), _TrialPlan(self), trials=self.plan.trials,
-                          scorers=self.scorers, batch=self.plan.batch, ordered=self.plan.ordered)  # fmt: skip
+        asker, plan = _Asker(self), self.plan
+        budgets = TwoBudgets(self.store, plan.short_tokens, plan.references, plan.limits, least=plan.least_pairs)
+        service = Service(self.store, self.readings.farm, asker, _TrialPlan(self), trials=self.plan.trials,
+                          scorers=self.scorers, batch=self.plan.batch, ordered=self.plan.ordered,
+                          on_asked=asker.note, budgets=budgets if plan.short_tokens else None)  # fmt: skip
         service.run(on_step=self.tick)
         self._enter("confirm", after="pareto")
         with self.readings.farm:
@@ -103,21 +115,10 @@ class Sweep:
         return self.front()
 
     def front(self) -> list[Trial]:
-        return front(self.store.trials("ok"), self.plan.references, self.plan.limits)
+        return front(self.store.trials("ok"), self.plan.references, self.plan.bounds())
 
     def candidate(self, trial: Trial) -> Candidate:
         return self.space.unflatten(trial.config["candidate"])
-
-    def predict(self, metric: str, flats: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
-        """Means and deviations of candidates in flat form, in the metric's unit."""
-        return self.latency[metric].predict([self.space.to_config(self.space.unflatten(flat)) for flat in flats])
-
-    def refit(self) -> None:
-        """The latency models, where there are readings that they do not know of."""
-        for name in self.needed:
-            metric, model = self.readings.metric(name), self.latency.get(name)
-            if model is None or len(self.readings.all(metric)) != len(model.readings):
-                self.latency[name] = self.readings.fit(metric)
 
     def measured(self, jobs: Mapping[Point, Job]) -> dict[str, tuple[float, float]]:
         """By metric, (value, standard error or 0) of what the jobs at these points brought."""
@@ -131,7 +132,7 @@ class Sweep:
     def _check_reachable(self) -> None:
         """Raises SweepError where even the best architecture that was met is over a limit."""
         for name, limit in self.needed.items():
-            model, unit = self.latency[name], self.readings.metric(name).unit
+            model, unit = self.forecast.models[name], self.readings.metric(name).unit
             best = min(model.readings, key=lambda reading: reading.value)
             low, _ = model.interval([best.config])
             if limit is not None and min(best.value, float(low[0])) > limit:
@@ -168,24 +169,26 @@ class _Asker:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.optimizer = sweep.make_optimizer(sweep.space, sweep.plan, sweep.predict)
+        self.optimizer = sweep.make_optimizer(sweep.space, sweep.plan, sweep.forecast.predict)
 
     def ask(self, n: int) -> Sequence[tuple[Any, Mapping[str, Any]]]:
-        self.sweep.refit()
-        asked = self.optimizer.ask(n)
-        if asked:
-            flats, sweep = [flat for _, flat in asked], self.sweep
-            said = {name: sweep.predict(name, flats) for name in sweep.needed}
-            for i, flat in enumerate(flats):
-                means: dict[str, Any] = {name: float(mean[i]) for name, (mean, _) in said.items()}
-                deviations = {name: float(deviation[i]) for name, (_, deviation) in said.items()}
-                key = sweep.space.key(sweep.space.unflatten(flat))
-                sweep.store.event("predicted", key=key, deviations=deviations, **means)
-        return asked
+        self.sweep.forecast.refit()
+        return self.optimizer.ask(n)
+
+    def note(self, made: Sequence[Trial], wanted: int) -> None:
+        """What the question rested on, and what is predicted of its trials."""
+        sweep = self.sweep
+        note_asked(sweep.store, sweep.forecast, sweep.plan.trials, made, wanted)
+        flats = [trial.config["candidate"] for trial in made]
+        said = {name: sweep.forecast.predict(name, flats) for name in sweep.needed}
+        for i, trial in enumerate(made):
+            means: dict[str, Any] = {name: float(mean[i]) for name, (mean, _) in said.items()}
+            deviations = {name: float(deviation[i]) for name, (_, deviation) in said.items()}
+            sweep.store.event("predicted", key=trial.key, trial=trial.number, deviations=deviations, **means)
 
     def tell(self, token: Any, results: Results | None, noise: Results) -> None:
         raise_alarms(self.sweep.store, self.sweep.needed)
-        self.optimizer.tell(token, results, noise or None)
+        self.optimizer.tell(token, *answer_of(results, noise))
 
     def state(self) -> str:
         return json.dumps(self.optimizer.state())

@@ -23,15 +23,15 @@ def quickstart_search() -> SweepRecipe:
     recipe = replace(
         recipe, name="quickstart_search", model=replace(recipe.model, num_heads=4, num_kv_heads=2, head_dim=32, window=64),
         pretrain=replace(recipe.pretrain, steps=200), train=replace(recipe.train, held_out=held_out),
-        launch=LaunchConfig(workers=1, threads_per_worker=2),
+        launch=LaunchConfig(workers=1, threads_per_worker=1),
         evaluation=replace(recipe.evaluation, limit=40, prompts=recipe.evaluation.prompts[:1]),
     )  # fmt: skip
     return SweepRecipe(
         name="quickstart_search", recipe=recipe,
         space={"num_layers": [3, 4, 5, 6, 7, 8], "hidden_size": [64, 96, 128], "ffn_size": [128, 192, 256, 320, 384],
                "num_heads": [2, 4], "num_kv_heads": [1, 2]},
-        goal=GoalConfig(ttft_ms=4.0, loss=5.4),
-        quality=QualityConfig(budget_tokens=20_480, calibration_sequences=32),
+        goal=GoalConfig(ttft_ms=2.5, loss=6.5),
+        quality=QualityConfig(budget_tokens=20_480, calibration_sequences=32, processes=2),
         device=DeviceConfig(prompt_tokens=192, decode_tokens=16, readings=24, more=8, max_readings=60, max_repeats=15,
                             processor_time=True, drift=0.15, cool_s=5.0),
         trials=40, batch=4, confirm=3, retrain=1, retrain_steps={"pretrain": 60, "midtrain": 40, "sft": 40, "qat": 16},

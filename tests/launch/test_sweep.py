@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("botorch", reason="the search extra is not installed")
 
 from launch.sweep_config import from_dict, load_sweep, to_dict
+from launch.sweep_optimizer import optimizer_maker
 from launch.sweep_run import sweep_plan
 from launch.sweeps import SWEEPS
+from search.optim.catalog import KINDS
 from search.store import Store
 from stages.errors import InputError
 from stages.loading import load_model
@@ -64,6 +67,15 @@ def told(directory):
         return {trial.number: trial.told for trial in store.trials()}
 
 
+def test_a_search_is_replayed_from_its_database(searched):
+    directory, _ = searched
+    done = command("sweep", "replay", directory, "--optimizer", "staged", cwd=directory)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the optimizer asks the same again: 4 trials in") and done.stdout.endswith(", 4 answers\n")
+    done = command("sweep", "replay", directory, "--optimizer", "tpe", cwd=directory)
+    assert done.returncode == 2 and "this sweep's is staged, and only its questions have answers" in done.stderr
+
+
 def test_a_pick_is_a_recipe_that_starts_from_the_inherited_checkpoint(searched, tmp_path):
     directory, _ = searched
     done = command("sweep", "export", directory, "--output", tmp_path / "picks", cwd=tmp_path)
@@ -85,6 +97,7 @@ def test_what_is_wrong_is_one_line(searched, tmp_path):
     for arguments, words in [
         (("--recipe", "smoke_search", "--output-dir", directory), "already holds a sweep"),
         (("--recipe", "smoke_serch",), "did you mean 'smoke_search'"),
+        (("--recipe", "smoke_search", "--optimizer", "simplex"), "optimizer='simplex': Input should be 'staged', 'bo"),
         (("--recipe", "smoke_search", "--device", "phone", "--output-dir", tmp_path / "x"), "device 'phone'; expected one of"),
         (("export", directory, "--pick", "99", "--output", tmp_path / "p"), "the front has"),
         (("status", tmp_path), "holds no sweep"),
@@ -97,6 +110,18 @@ def test_what_is_wrong_is_one_line(searched, tmp_path):
     assert silent.returncode == 1 and "device agent://127.0.0.1:1 does not answer" in silent.stderr
     assert "Traceback" not in silent.stderr
     assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_takes_the_optimizer_that_it_is_told(kind):
+    sweep = load_sweep("smoke_search", {"optimizer": kind})
+    assert sweep.comparable()["optimizer"] == kind
+    space = sweep.make_space()
+    optimizer = optimizer_maker(kind)(space, sweep_plan(sweep), lambda name, flats: (np.ones(len(flats)), 0))
+    assert optimizer.kind == kind
+    for token, flat in optimizer.ask(3):
+        assert not space.violations(space.unflatten(flat))
+        optimizer.tell(token, {"loss": 3.0, "ttft_ms": 2.0}, {"ttft_ms": 0.1})
 
 
 @pytest.mark.parametrize("name", SWEEPS)

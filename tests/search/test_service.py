@@ -201,8 +201,18 @@ def test_kill_9_of_service_agents_and_workers_changes_nothing(tmp_path):
         assert all(job.ended for job in JobQueue(store).jobs()) and store.events("put_back")
 
 
+def test_kill_9_in_the_whole_search_changes_nothing(tmp_path):
+    """Latency stage, staged optimizer, both budgets, confirmation: the same trials, front and second values."""
+    found = chaos(tmp_path, trials=16, kills=4, seed=1, limit_s=110, loop="sweep")
+    assert found["wrong"] == [] and sum(found["states"].values()) == 16 and sum(found["kills"].values()) >= 3
+    assert found["front"] and found["confirmed"] and found["jobs"] > 24 + 2 * 16
+    with Store.read(tmp_path / "wild" / "search.sqlite") as store:
+        assert store.phase == "done" and store.events("latency_model") and store.events("put_back")
+
+
 def test_the_comparison_sees_a_difference():
-    calm = {"trials": [[0, "a", "ok", {"x": 1.0}]], "told": [0], "violations": [], "open": 0}
+    calm = {"trials": [[0, "a", "ok", {"x": 1.0}]], "told": [0], "violations": [], "open": 0, "front": [0], "phase": "done"}
     assert search_chaos.compare(calm, calm) == []
-    for change in ({"trials": [[0, "a", "ok", {"x": 1.1}]]}, {"trials": []}, {"told": [1]}, {"open": 1}, {"violations": ["x"]}):
+    for change in ({"trials": [[0, "a", "ok", {"x": 1.1}]]}, {"trials": []}, {"told": [1]}, {"open": 1}, {"violations": ["x"]},
+                   {"front": []}, {"phase": "confirm"}):  # fmt: skip
         assert search_chaos.compare(calm, {**calm, **change})
