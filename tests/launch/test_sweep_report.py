@@ -375,7 +375,7 @@ def test_every_number_of_a_device_has_its_newest_report_and_those_not_searched_b
     decode = "time of a decoded token at 512 tokens, 2 threads"
     assert reports == [("time to first token", 2.5), (decode, 7.5), ("peak memory", 0.5)]
     text = Page(render_sweep(found)).text
-    assert "also measured, not searched by" in text and f"{decode} 40 – 7.5 –" in text
+    assert "also measured, not searched by" in text and f"{decode} ✓ usable 40 – 7.5 –" in text
     assert "model of time to first token" in shown(found) and "model of peak memory" not in shown(found)
 
 
