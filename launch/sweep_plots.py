@@ -123,11 +123,13 @@ def _bars(
     for point in (*record.front, *record.dropped):
         if point.trial not in shown:
             continue
-        a, b = shown[point.trial]
-        if x is not None and (ends := point.intervals.get(x.name)):
-            axes.plot([ends[0] * x_scale, ends[1] * x_scale], [b, b], marker="|", **caps)
-        if ends := point.intervals.get(y.name):
-            axes.plot([a, a], [ends[0] * y_scale, ends[1] * y_scale], marker="_", **caps)
+        wide, high = (point.intervals.get(x.name) if x is not None else None), point.intervals.get(y.name)
+        a, b = shown[point.trial]  # the bars cross where the intervals have their middle: with a second value that is elsewhere
+        a, b = sum(wide) / 2 * x_scale if wide else a, sum(high) / 2 * y_scale if high else b
+        if wide:
+            axes.plot([wide[0] * x_scale, wide[1] * x_scale], [b, b], marker="|", **caps)
+        if high:
+            axes.plot([a, a], [high[0] * y_scale, high[1] * y_scale], marker="_", **caps)
 
 
 def _value(trial: TrialRecord, goal: Objective | None) -> float:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.sweep_collect import front_of
 from launch.sweep_config import SweepRecipe, to_dict
@@ -25,7 +25,9 @@ from launch.sweep_text import pattern
 from search.alarms import LIMIT
 from search.records import Trial
 from search.store import Store
-from stages.metrics import WandbLog
+
+if TYPE_CHECKING:
+    from stages.metrics import WandbLog
 
 logger = logging.getLogger(__name__)
 POLL_S = 2.0
@@ -53,6 +55,8 @@ class SweepWatch:
             self._thread.join(60.0)
 
     def _watch(self) -> None:
+        from stages.metrics import WandbLog  # torch with it, which `sweep.py status` does without
+
         tracking, name = self.sweep.recipe.tracking, self.sweep.name
         log = WandbLog(
             self.directory, mode=tracking.wandb, project=tracking.project, group=f"{name}-{self.directory.name}",

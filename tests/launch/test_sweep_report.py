@@ -276,6 +276,16 @@ def test_the_live_table_works_from_the_first_moment_on_and_obeys_no_markup() -> 
     assert "8 layers" not in shown(small(trial(0, 2.5, 9000, config={})))
 
 
+def test_looking_at_a_search_loads_neither_torch_nor_an_optimizer() -> None:
+    import subprocess
+    import sys
+
+    code = ("import sys, launch.sweep_live, launch.sweep_report, launch.sweep_run\n"
+            "print(*sys.modules.keys() & {'torch', 'scipy.stats', 'botorch', 'wandb', 'ray'})")  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout == "\n"
+
+
 def test_a_record_needs_an_objective_and_json_must_be_one() -> None:
     with pytest.raises(ValueError, match="needs at least one objective"):
         SweepRecord(name="x", objectives=())
@@ -365,7 +375,7 @@ def test_every_number_of_a_device_has_its_newest_report_and_those_not_searched_b
     decode = "time of a decoded token at 512 tokens, 2 threads"
     assert reports == [("time to first token", 2.5), (decode, 7.5), ("peak memory", 0.5)]
     text = Page(render_sweep(found)).text
-    assert "also measured, not searched by" in text and f"{decode} 40 – 7.5 –" in text
+    assert "also measured, not searched by" in text and f"{decode} ✓ usable 40 – 7.5 –" in text
     assert "model of time to first token" in shown(found) and "model of peak memory" not in shown(found)
 
 
