@@ -190,7 +190,7 @@ class SweepRecipe:
             raise ValueError(f"quality.short_tokens {short} with optimizer {self.optimizer}, which would take a predicted loss "
                              "for a measured one; take optimizer staged, or short_tokens 0")  # fmt: skip
         if short and self.quality.source == "supernet":
-            raise ValueError(f"quality.short_tokens {short} with quality.source supernet, which trains no candidate; leave it 0")
+            raise ValueError(f"quality.short_tokens {short} with quality.source supernet, which trains none; leave it 0")
 
     @property
     def main(self) -> Point:
