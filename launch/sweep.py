@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,36 +120,41 @@ def _verb(verb: str, argv: list[str]) -> None:
 def _run(sweep: SweepRecipe, directory: Path) -> None:
     from rich.console import Console
     from rich.live import Live
+    from rich.logging import RichHandler
 
     from launch.sweep_live import live_table
     from launch.sweep_run import record_of, run_sweep
     from search.database import StoreError
     from search.devices import DeviceError
 
-    logging.basicConfig(level=logging.WARNING)
     console = Console(stderr=True)
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-    shown, at = -1, 0.0
+    above = [RichHandler(console=console, show_time=False, show_path=False)] if live else None
+    logging.basicConfig(level=logging.WARNING, format="%(message)s" if live else logging.BASIC_FORMAT, handlers=above)
+    shown, due = -1, 0.0
 
     def tick(store: Store) -> None:
-        """The live table once a second on a terminal, a line a trial elsewhere."""
-        nonlocal shown, at
+        """The live table once a second on a terminal (less often where that takes long), a line a trial elsewhere."""
+        nonlocal shown, due
         done = len(store.trials("ok", "infeasible", "failed"))
         if live is not None:
-            if time.monotonic() - at > 1:
+            live.start()  # not before there is something to show: training a backbone has a bar of its own
+            if (start := time.monotonic()) > due:
                 live.update(live_table(record_of(sweep, store, directory)), refresh=True)
-                at = time.monotonic()
+                due = time.monotonic() + max(1.0, 10 * (time.monotonic() - start))
         elif done != shown:
             _say(f"{store.phase}: {done} of {sweep.trials} trials")
         shown = done
 
     try:
-        with live or nullcontext():
-            found = run_sweep(sweep, directory, _say, tick)
+        found = run_sweep(sweep, directory, _say, tick)
     except StoreError as error:
         raise InputError(str(error)) from None
     except DeviceError as error:
         raise RunError(f"{error}; launch/sweep.py resume {directory} goes on") from None
+    finally:
+        if live is not None:
+            live.stop()
     _status(directory, sweep)
     if not found:
         raise RunError("no model is within the limits; raise goal.ttft_ms or goal.loss, or let it try more (resume --trials N)")

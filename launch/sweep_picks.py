@@ -44,16 +44,19 @@ def _predicted(store: Store) -> dict[int, dict[str, tuple[float, float]]]:
     said: dict[str, dict[str, tuple[float, float]]] = {}
     for event in store.events("predicted"):
         if event.detail["key"] not in said:  # the first is what it was chosen by
-            deviations = event.detail["deviations"]
+            older = {"ttft_ms": event.detail.get("deviation", 0.0)}  # when there was one number only
+            deviations = event.detail.get("deviations", older)
             said[event.detail["key"]] = {name: (event.detail[name], deviations[name]) for name in deviations}
     return {trial.number: said[trial.key] for trial in store.trials() if trial.key in said}
 
 
 def front_of(sweep: SweepRecipe, store: Store) -> list[Trial]:
-    from launch.sweep_run import sweep_plan
+    """Without those that the confirmation spoke against."""
+    from launch.sweep_run import record_of, sweep_plan
 
     plan = sweep_plan(sweep)
-    return front(store.trials("ok"), plan.references, plan.limits)
+    gone = {point.trial for point in record_of(sweep, store, store.path.parent).dropped}
+    return [trial for trial in front(store.trials("ok"), plan.references, plan.limits) if trial.number not in gone]
 
 
 def choose_picks(sweep: SweepRecipe, store: Store, count: int) -> list[Trial]:

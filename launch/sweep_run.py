@@ -19,6 +19,7 @@ from launch.sweep_optimizer import optimizer_maker
 from launch.sweep_picks import predictions, read_picks, retrain_front
 from launch.sweep_score import CandidateScorer
 from launch.sweep_supernet import prepare_supernet
+from launch.sweep_wandb import SweepWatch
 from modeling.config import ModelConfig
 from search.agent.measuring import Gate
 from search.budgets import TwoBudgets
@@ -48,7 +49,8 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
 
     space = sweep.make_space()
     room = shared_cluster(sweep.recipe.launch, sweep.quality.processes)
-    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store, room:
+    store_path = directory / DATABASE
+    with closing(Store.open(store_path, sweep.comparable())) as store, SweepWatch(sweep, directory, store_path), room:
         backbone, importance = prepare_backbone(sweep, directory, say)
         torch.set_num_threads(1)  # what this process computes from now on is small, and the scoring processes need the cores
         members = [Member(open_device(name)) for name in sweep.device.names]
@@ -65,7 +67,7 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
             found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make, lambda: tick(store)).run()
         if found and sweep.retrain:
             retrain_front(sweep, directory, readings, (backbone, importance), say)
-        write_front(directory / "front.json", space, store, found)
+        write_front(directory / "front.json", space, store, found, record_of(sweep, store, directory))
         return found
 
 
@@ -151,12 +153,15 @@ def _shape_key(config: ModelConfig) -> str:
 # --- what comes out -------------------------------------------------------------------------------------------------
 
 
-def write_front(path: Path, space: Space, store: Store, found: list[Trial]) -> None:
-    """The front as JSON: candidate, loss, latency measured and predicted, what the confirmation said."""
+def write_front(path: Path, space: Space, store: Store, found: list[Trial], record: SweepRecord) -> None:
+    """The front as JSON: candidate, loss, latency measured and predicted, what the confirmation said. Models that it speaks
+    against come last, with the reason in `dropped`."""
+    gone = {point.trial: point.reason for point in record.dropped}
+    ends = {point.trial: point.intervals for point in (*record.front, *record.dropped)}
     confirmed = {event.trial: event.detail for event in store.events("confirmed")}
     predicted = predictions(store)
     points = []
-    for trial in found:
+    for trial in sorted(found, key=lambda trial: trial.number in gone):
         flat = trial.config["candidate"]
         config = space.to_config(space.unflatten(flat))
         points.append({
@@ -164,6 +169,7 @@ def write_front(path: Path, space: Space, store: Store, found: list[Trial]) -> N
             **{f"predicted_{name}": value for name, value in predicted.get(trial.number, {}).items()},
             **dict(trial.results or {}),
             "noise": dict(trial.noise), "confirmed": confirmed.get(trial.number),
+            "intervals": ends.get(trial.number, {}), "dropped": gone.get(trial.number),
         })  # fmt: skip
     write_json(path, points)
 

@@ -23,7 +23,8 @@ class CandidateScorer:
     """A `Score` behind a process of its own; see the module."""
 
     def __init__(self, sweep_file: Path, backbone: Path, importance: Path, folder: Path) -> None:
-        self.process = ProcessScorer("launch.sweep_score:score")
+        log = folder.parent / f"{folder.name}.log"  # a table is on the terminal, which lines of a training would tear apart
+        self.process = ProcessScorer("launch.sweep_score:score", log=log)
         self.task = [str(path.resolve()) for path in (sweep_file, backbone, importance, folder)]
 
     def __call__(self, candidate: Mapping[str, Any]) -> Mapping[str, float]:

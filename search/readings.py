@@ -214,8 +214,10 @@ def report_others(readings: Readings, known: Container[str]) -> None:
 
 
 def _report(readings: Readings, name: str, model: LatencyModel, bought: int) -> bool:
+    from search.latency.evidence import evidence
+
     report = model.report()
-    readings.queue.store.event("latency_model", metric=name, report=report.to_dict(), bought=bought)
+    readings.queue.store.event("latency_model", metric=name, report=report.to_dict(), bought=bought, **evidence(model))
     return report.passed
 
 

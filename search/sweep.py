@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modeling.config import ModelConfig
+from search.alarms import raise_alarms
 from search.budgets import TwoBudgets, answer_of
 from search.front import front, spread
 from search.metrics import Point
@@ -154,7 +155,8 @@ class Sweep:
                 results = dict(trial.results or {})
                 again = self.measured(dict(zip(self.readings.plan.points, ended, strict=True)))
                 detail: dict[str, Any] = {name: [results.get(name), value] for name, (value, _) in again.items()}
-                self.store.event("confirmed", trial=trial.number, losses=[results.get("loss"), loss], reason=reason, **detail)
+                self.store.event("confirmed", trial=trial.number, losses=[results.get("loss"), loss], reason=reason,
+                                 errors={name: error for name, (_, error) in again.items()}, **detail)  # fmt: skip
                 self.tick()
 
 
@@ -181,6 +183,7 @@ class _Asker:
             sweep.store.event("predicted", key=trial.key, trial=trial.number, deviations=deviations, **means)
 
     def tell(self, token: Any, results: Results | None, noise: Results) -> None:
+        raise_alarms(self.sweep.store, self.sweep.needed)
         self.optimizer.tell(token, *answer_of(results, noise))
 
     def state(self) -> str:

@@ -18,8 +18,10 @@ from launch.sweep_optimizer import optimizer_maker
 from launch.sweep_run import sweep_plan
 from launch.sweeps import SWEEPS
 from search.optim.catalog import KINDS
+from search.store import Store
 from stages.errors import InputError
 from stages.loading import load_model
+from tests.helpers.wandb_rows import logged
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +56,24 @@ def test_a_search_is_replayed_from_its_database(searched):
     assert done.stdout.startswith("the optimizer asks the same again: 4 trials in") and done.stdout.endswith(", 4 answers\n")
     done = command("sweep", "replay", directory, "--optimizer", "tpe", cwd=directory)
     assert done.returncode == 2 and "this sweep's is staged, and only its questions have answers" in done.stderr
+
+
+def test_a_search_is_watched(searched):
+    directory, done = searched
+    rows = logged(directory)
+    assert [row["trial/number"] for row in rows if "trial/number" in row] == sorted(range(4), key=lambda n: told(directory)[n])
+    assert rows[-1]["front/nrows"] >= 1 and rows[-1]["round/trials"] == 4
+    page = (directory / "report.html").read_text()
+    assert "reading, held out of the fit" in page and "<th>parameters</th>" in page, "a real search has pairs and proxies"
+    assert "and what it said of trials 4 trials: median" in " ".join(done.stdout.replace("│", " ").split())
+    front = json.loads((directory / "front.json").read_text())
+    confirmed = [point for point in front if point["confirmed"]]
+    assert confirmed and all("loss" in point["intervals"] for point in confirmed)
+
+
+def told(directory):
+    with Store.read(directory / "sweep.db") as store:
+        return {trial.number: trial.told for trial in store.trials()}
 
 
 def test_a_pick_is_a_recipe_that_starts_from_the_inherited_checkpoint(searched, tmp_path):

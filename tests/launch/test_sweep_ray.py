@@ -48,7 +48,6 @@ def test_a_search_of_one_worker_starts_no_head(monkeypatch):
 @pytest.mark.slow
 def test_scoring_processes_share_one_head_and_devices_are_found_on_it(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
     model = replace(MODEL, num_kv_heads=2)  # a packed file has no narrower keys than 32
     run_job(pretrain_job(tmp_path, steps=30, lr=1e-2, model=model))
     training = pruned_training(tmp_path, tmp_path / "unused")

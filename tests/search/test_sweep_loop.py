@@ -96,6 +96,30 @@ def test_predictions_are_made_before_measurements_and_come_near_them(whole):
         assert 0 < abs(trial.results["ttft_ms"] / predicted[trial.key] - 1) < 0.15
 
 
+def test_a_prediction_that_is_far_off_is_an_alarm_as_soon_as_it_was_measured(tmp_path, whole):
+    assert not whole[1].events("mispredicted")
+    sweep, store, _ = sweep_in(tmp_path)
+    right = sweep.predict
+    sweep.predict = lambda metric, flats: tuple(1.3 * part for part in right(metric, flats))
+    sweep.run()
+    alarms = [(event.trial, event.detail["off"]) for event in store.events("mispredicted")]
+    assert sorted(number for number, _ in alarms) == [trial.number for trial in store.trials()]
+    assert all(0.1 < off < 0.5 for _, off in alarms)
+    told = [event.kind for event in store.events() if event.kind in ("predicted", "mispredicted")]
+    assert "predicted" in told[told.index("mispredicted") :], "during the search, not after it"
+
+
+def test_each_fit_of_the_latency_model_is_one_event_with_what_a_page_shows(whole):
+    _, store, _ = whole
+    events = store.events("latency_model")
+    assert len(events) == len({(event.detail["metric"], event.detail["bought"]) for event in events}) >= 2
+    for event in events:
+        assert len(event.detail["held_out"]) == event.detail["report"]["readings"]
+        off = [abs(predicted / measured - 1) for measured, predicted in event.detail["held_out"]]
+        assert 100 * sum(off) / len(off) == pytest.approx(event.detail["report"]["mape"], rel=0.01)
+        assert set(event.detail["proxies"]) == {"parameters", "flops"}
+
+
 def test_failures_end_trials_and_never_become_numbers(tmp_path):
     scorer = SyntheticScorer(infeasible_share=0.3)
     _, store, farm = run(tmp_path, scorer=scorer, faults=Faults(timeout=0.05, nonsense=0.03))
