@@ -99,8 +99,8 @@ def test_predictions_are_made_before_measurements_and_come_near_them(whole):
 def test_a_prediction_that_is_far_off_is_an_alarm_as_soon_as_it_was_measured(tmp_path, whole):
     assert not whole[1].events("mispredicted")
     sweep, store, _ = sweep_in(tmp_path)
-    right = sweep.predict
-    sweep.predict = lambda metric, flats: tuple(1.3 * part for part in right(metric, flats))
+    right = sweep.forecast.predict
+    sweep.forecast.predict = lambda metric, flats: tuple(1.3 * part for part in right(metric, flats))
     sweep.run()
     alarms = [(event.trial, event.detail["off"]) for event in store.events("mispredicted")]
     assert sorted(number for number, _ in alarms) == [trial.number for trial in store.trials()]
