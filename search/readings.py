@@ -19,7 +19,7 @@ from search.devices.base import MeasureRequest
 from search.farm import Farm
 from search.jobs import JobQueue
 from search.metrics import DeviceMetric, Point, metrics_at, parse_metric
-from search.records import Job, StoredReading
+from search.records import WORST, Job, StoredReading
 from search.reference_output import Expect
 from search.space import Candidate, Space
 
@@ -84,10 +84,12 @@ class KnownReadings:
     def counting(self) -> list[int]:
         """Jobs whose results count now, of the latency stage and of trials; of one that was done again the newest.
 
-        Models are fitted on these: their ids, in this order, say later what was known.
+        Models are fitted on these: their ids, in this order, say later what was known. Not of trials that ended badly: whether
+        one was measured before its training diverged is chance, and an ordered search must not depend on that.
         """
-        first = [job.id for job in self.queue.jobs("ok", kind="measure")
-                 if job.replaces is None and (job.trial is not None or job.name.startswith("latency/"))]  # fmt: skip
+        bad = {trial.number for trial in self.queue.store.trials(*WORST)}
+        first = [job.id for job in self.queue.jobs("ok", kind="measure") if job.replaces is None and job.trial not in bad
+                 and (job.trial is not None or job.name.startswith("latency/"))]  # fmt: skip
         newest = [self.queue.newest(job) for job in first]
         return [job.id for job in newest if job.state == "ok"]
 

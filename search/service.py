@@ -18,7 +18,7 @@ from search.budgets import TwoBudgets
 from search.devices.base import MeasureRequest
 from search.farm import Farm
 from search.jobs import JobQueue
-from search.records import TERMINAL, Job, Results, State, Trial
+from search.records import TERMINAL, WORST, Job, Results, Trial
 from search.store import Store
 from search.workers import Infeasible, Score, WorkerLost, checked
 
@@ -27,7 +27,6 @@ POLL_S = 0.1
 SCORE_LEASE_S = 7 * 86400.0
 """A training has no time limit of its own here: while the service lives its thread holds the lease, and a new service takes
 all of them back."""
-WORST: tuple[State, ...] = ("infeasible", "failed", "cancelled")
 
 
 class SweepError(ValueError):

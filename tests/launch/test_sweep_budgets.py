@@ -22,7 +22,7 @@ def test_the_recipe_says_how_short_a_training_may_be():
     assert sweep.comparable()["quality"]["short_tokens"] == 128
     with pytest.raises(InputError, match="short_tokens 512 is no shorter than quality.budget_tokens 512"):
         load_sweep("smoke_search", {"quality.short_tokens": "512"})
-    with pytest.raises(InputError, match="with quality.source supernet, which trains no candidate"):
+    with pytest.raises(InputError, match="with quality.source supernet, which trains none"):
         load_sweep("smoke_search", {"quality.short_tokens": "128", "quality.source": "supernet"})
     with pytest.raises(InputError, match="with optimizer tpe, which would take a predicted loss for a measured one"):
         load_sweep("smoke_search", {"quality.short_tokens": "128", "optimizer": "tpe"})
@@ -39,6 +39,8 @@ def test_the_page_says_which_trials_were_trained_briefly_and_none_is_on_the_fron
         store.finish_trial(0, "ok", {"loss": 5.0, "short_loss": 6.0, "ttft_ms": 2.0})
         store.finish_trial(1, "ok", {"loss": 4.8, "short_loss": 5.9, "ttft_ms": 3.0})
         store.finish_trial(2, "ok", {"predicted_loss": 3.0, "short_loss": 5.8, "ttft_ms": 1.0}, {"predicted_loss": 0.25})
+        for number in range(3):
+            store.tell(number)
         record = record_of(sweep, store, tmp_path)
     assert [trial.short for trial in record.trials] == [False, False, True]
     assert [point.trial for point in record.front] == [0, 1], "the fastest, and best by its prediction, but not trained"

@@ -19,7 +19,8 @@ from launch.sweep_config import DeviceConfig, GoalConfig, QualityConfig, SweepRe
 from launch.sweep_score import CandidateScorer
 from search.devices import MeasureRequest, open_device
 from stages.errors import InputError
-from tests.helpers.pruned_training import pruned_training, train_backbone
+from tests.helpers.pruned_training import pruned_training
+from tests.helpers.stage_jobs import MODEL, pretrain_job, run_job
 
 
 def heads() -> int:
@@ -47,12 +48,14 @@ def test_a_search_of_one_worker_starts_no_head(monkeypatch):
 @pytest.mark.slow
 def test_scoring_processes_share_one_head_and_devices_are_found_on_it(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
-    training = pruned_training(train_backbone(tmp_path), tmp_path / "unused")
+    model = replace(MODEL, num_kv_heads=2)  # a packed file has no narrower keys than 32
+    run_job(pretrain_job(tmp_path, steps=30, lr=1e-2, model=model))
+    training = pruned_training(tmp_path, tmp_path / "unused")
     workers = LaunchConfig(workers=2, cpus_per_worker=0.5, threads_per_worker=1)
-    space = {"num_layers": [1, 2], "hidden_size": [32], "ffn_size": [32, 64], "num_heads": [2], "num_kv_heads": [1]}
+    space = {"num_layers": [1, 2], "hidden_size": [32], "ffn_size": [32, 64], "num_heads": [2], "num_kv_heads": [2]}
     sweep = SweepRecipe(
-        name="tiny", recipe=replace(training.recipe, launch=workers), space=space, goal=GoalConfig(ttft_ms=4.0, loss=6.0),
+        name="tiny", recipe=replace(training.recipe, model=model, launch=workers), space=space,
+        goal=GoalConfig(ttft_ms=4.0, loss=6.0),
         quality=QualityConfig(backbone=training.backbone, budget_tokens=4 * 32 * 6, processes=2),
         device=DeviceConfig(prompt_tokens=16),
     )  # fmt: skip
@@ -91,7 +94,6 @@ def test_scoring_processes_share_one_head_and_devices_are_found_on_it(tmp_path: 
 
 def _packed(folder: Path) -> Path:
     from stages.random_packed import write_pocket
-    from tests.helpers.stage_jobs import MODEL
 
-    write_pocket(replace(MODEL, vocab_size=320), folder / "m.pocket")
+    write_pocket(replace(MODEL, num_kv_heads=2, vocab_size=320), folder / "m.pocket")
     return folder / "m.pocket"

@@ -53,6 +53,36 @@ def test_an_ordered_sweep_asks_the_same_again(ordered):
     assert found.questions == len(ordered.events("asked")) == 4 and ordered.trials("infeasible")
 
 
+def test_it_does_not_matter_whether_a_training_diverges_before_or_after_the_measurement(ordered, tmp_path):
+    class Late(SyntheticScorer):
+        def score(self, candidate, budget_tokens, seed):
+            found = super().score(candidate, budget_tokens, seed)
+            time.sleep(0.5 if found.status == "infeasible" else 0.0)
+            return found
+
+    class Early(SyntheticScorer):
+        """Diverges at once, on a slow device: the measurements of those that diverge are cancelled."""
+
+    asked = []
+    for kind in (Late, Early):
+        opened = []
+
+        def tick(kind=kind, opened=opened):
+            store, farm = opened
+            farm.members[0].device.real_s = 0.3 if kind is Early and store.phase == "pareto" else 0.0
+
+        (tmp_path / kind.__name__).mkdir()
+        sweep, store, farm = sweep_in(tmp_path / kind.__name__, scorer=kind(noise=0.002, infeasible_share=0.2), tick=tick)
+        opened += [store, farm]
+        sweep.run()
+        asked.append([event.detail for event in store.events("asked")])
+        assert [trial.key for trial in store.trials()] == [trial.key for trial in ordered.trials()]
+        measured = {job.trial for job in farm.queue.jobs("ok", kind="measure") if job.trial is not None}
+        late = {trial.number for trial in store.trials("infeasible")}
+        assert late and (late <= measured) == (kind is Late)
+    assert asked[0] == asked[1] == [event.detail for event in ordered.events("asked")]
+
+
 def test_the_first_difference_is_named(ordered):
     changed = next(event for event in ordered.events("told") if event.detail["results"])
     with ordered.transaction() as sql:
