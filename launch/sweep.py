@@ -3,7 +3,7 @@
     python launch/sweep.py --recipe quickstart_search
     python launch/sweep.py --recipe flash_latency --device ssh://phone --quality.backbone RUN --output-dir runs/flash
     python launch/sweep.py status DIR              what there is
-    python launch/sweep.py resume DIR              go on, also after a kill
+    python launch/sweep.py resume DIR              go on, also after a kill; --trials N for more, --retrain K to train picks
     python launch/sweep.py export DIR --pick 3     recipes with inherited checkpoints, for launch/recipe.py --init-from
     python launch/sweep.py check DIR               does the database agree with the optimizer's state?
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,12 @@ def main() -> None:
         return
     parser = Parser(__doc__)
     parser.add_argument("--device", action="append", metavar="D", help="in place of the recipe's; again for more of a class")
-    parser.add_argument("--trials", metavar="N", help="in place of the recipe's")
+    for name, of in (("trials", "N"), ("retrain", "K")):
+        parser.add_argument(f"--{name}", metavar=of, help="in place of the recipe's")
     options, overrides = parser.parse()
     from launch.sweep_config import load_sweep, save_sweep
 
-    if options.trials is not None:
-        overrides["trials"] = options.trials
+    overrides |= {name: value for name in ("trials", "retrain") if (value := getattr(options, name)) is not None}
     sweep = load_sweep(options.recipe, overrides, options.device)
     directory = options.output_dir or Path("runs") / sweep.name
     if (directory / "sweep.toml").is_file():
@@ -78,19 +78,19 @@ def _verb(verb: str, argv: list[str]) -> None:
         parser.add_argument("--output", type=Path, metavar="P", help="folder for them (default DIR/picks)")
     if verb == "resume":
         parser.add_argument("--trials", type=int, metavar="N", help="go on to so many")
+        parser.add_argument("--retrain", type=int, metavar="K", help="train so many models of the front through all stages")
     options, _ = parser.parse(argv)
-    from dataclasses import replace
-
     from launch.config import read_toml
-    from launch.sweep_config import from_dict, save_sweep
+    from launch.sweep_config import from_dict, save_sweep, to_dict
 
     saved = options.directory / "sweep.toml"
     if not saved.is_file():
         raise InputError(f"{options.directory} holds no sweep (no sweep.toml); start one with launch/sweep.py --recipe NAME")
     sweep = from_dict(read_toml(saved), str(saved))
     if verb == "resume":
-        if options.trials is not None:
-            sweep = replace(sweep, trials=options.trials)
+        changes = {name: value for name in ("trials", "retrain") if (value := getattr(options, name)) is not None}
+        if changes:
+            sweep = from_dict({**to_dict(sweep), **changes}, "option")
             save_sweep(sweep, saved)
         _check_devices(sweep)
         _run(sweep, options.directory)
@@ -112,36 +112,41 @@ def _verb(verb: str, argv: list[str]) -> None:
 def _run(sweep: SweepRecipe, directory: Path) -> None:
     from rich.console import Console
     from rich.live import Live
+    from rich.logging import RichHandler
 
     from launch.sweep_live import live_table
     from launch.sweep_run import record_of, run_sweep
     from search.database import StoreError
     from search.devices import DeviceError
 
-    logging.basicConfig(level=logging.WARNING)
     console = Console(stderr=True)
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-    shown, at = -1, 0.0
+    above = [RichHandler(console=console, show_time=False, show_path=False)] if live else None
+    logging.basicConfig(level=logging.WARNING, format="%(message)s" if live else logging.BASIC_FORMAT, handlers=above)
+    shown, due = -1, 0.0
 
     def tick(store: Store) -> None:
-        """The live table once a second on a terminal, a line a trial elsewhere."""
-        nonlocal shown, at
+        """The live table once a second on a terminal (less often where that takes long), a line a trial elsewhere."""
+        nonlocal shown, due
         done = len(store.trials("ok", "infeasible", "failed"))
         if live is not None:
-            if time.monotonic() - at > 1:
-                live.update(live_table(record_of(sweep, store)), refresh=True)
-                at = time.monotonic()
+            live.start()  # not before there is something to show: training a backbone has a bar of its own
+            if (start := time.monotonic()) > due:
+                live.update(live_table(record_of(sweep, store, directory)), refresh=True)
+                due = time.monotonic() + max(1.0, 10 * (time.monotonic() - start))
         elif done != shown:
             _say(f"{store.phase}: {done} of {sweep.trials} trials")
         shown = done
 
     try:
-        with live or nullcontext():
-            found = run_sweep(sweep, directory, _say, tick)
+        found = run_sweep(sweep, directory, _say, tick)
     except StoreError as error:
         raise InputError(str(error)) from None
     except DeviceError as error:
         raise RunError(f"{error}; launch/sweep.py resume {directory} goes on") from None
+    finally:
+        if live is not None:
+            live.stop()
     _status(directory, sweep)
     if not found:
         raise RunError("no model is within the limits; raise goal.ttft_ms or goal.loss, or let it try more (resume --trials N)")
@@ -157,13 +162,13 @@ def _status(directory: Path, sweep: SweepRecipe) -> None:
     from search.store import Store
 
     with closing(Store.read(directory / DATABASE)) as store:
-        record = record_of(sweep, store)
+        record = record_of(sweep, store, directory)
     Console().print(live_table(record))
     _say(f"report: {write_sweep_report(record, directory / 'report.html')}")
 
 
 def _export(directory: Path, sweep: SweepRecipe, count: int, output: Path) -> None:
-    from launch.sweep_run import export_picks
+    from launch.sweep_picks import export_picks
 
     if count < 1:
         raise InputError(f"--pick {count}; expected at least 1")

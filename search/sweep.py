@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modeling.config import ModelConfig
+from search.alarms import raise_alarms
 from search.front import front, spread
-from search.readings import Readings, learn_latency
+from search.metrics import Point
+from search.readings import Readings, learn_latency, report_others
 from search.records import Job, Results, Trial
 from search.service import Measure, Service, SweepError
 from search.space import Candidate, Space
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from search.optim.base import Optimizer
 
 log = logging.getLogger(__name__)
+MAIN = "ttft"
+"""Name of the measurement of a trial at the search's own point; others are called by their point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class SweepPlan:
 
     trials: int
     references: Mapping[str, float]
-    """`loss` and `ttft_ms`: values that are just no longer of use."""
+    """The objectives, `loss` and numbers of the device (search/metrics.py): values that are just no longer of use."""
     limits: Mapping[str, float] = field(default_factory=dict)
     batch: int = 8
     """Trials that may be open at once."""
@@ -50,7 +54,15 @@ class SweepPlan:
     seed: int = 0
 
 
-MakeOptimizer = Callable[[Space, SweepPlan, Callable[..., Any]], "Optimizer"]
+    def device_limits(self) -> dict[str, float | None]:
+        """By name, the device's numbers that the search depends on, and the largest that is of use."""
+        names = [name for name in (*self.references, *self.limits) if name != "loss"]
+        return {name: min(self.references.get(name, np.inf), self.limits.get(name, np.inf)) for name in names}
+
+
+Predict = Callable[[str, Sequence[Mapping[str, Any]]], tuple[Any, Any]]
+"""(metric, candidates in flat form) -> means and deviations."""
+MakeOptimizer = Callable[[Space, SweepPlan, Predict], "Optimizer"]
 
 
 class Sweep:
@@ -63,14 +75,20 @@ class Sweep:
         """`scorers` work side by side; each takes a candidate in flat form, with `seed` where it is scored again."""
         self.store, self.space, self.plan, self.readings = store, space, plan, readings
         self.scorers, self.make_optimizer, self.tick = scorers, make_optimizer, tick
-        self.latency: LatencyModel | None = None
+        self.metrics = readings.metrics()
+        self.needed = plan.device_limits()
+        self.latency: dict[str, LatencyModel] = {}
+        if unknown := self.needed.keys() - {metric.name for metric in self.metrics}:
+            raise SweepError(f"{sorted(unknown)[0]} is wanted and not measured; measured are "
+                             f"{', '.join(metric.name for metric in self.metrics)}")  # fmt: skip
 
     def run(self) -> list[Trial]:
         """The confirmed front, best quality first."""
         self._enter("latency", after="space")
         if self.store.phase == "latency":
             with self.readings.farm:
-                self.latency = learn_latency(self.readings, self.plan.seed, self.plan.references["ttft_ms"])
+                self.latency = learn_latency(self.readings, self.plan.seed, self.needed)
+            report_others(self.readings, self.needed)
         else:  # judged once: with the trials' readings the gates might ask for more, and the search would be another
             self.refit()
         self._check_reachable()
@@ -90,29 +108,35 @@ class Sweep:
     def candidate(self, trial: Trial) -> Candidate:
         return self.space.unflatten(trial.config["candidate"])
 
-    def predict(self, flats: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
-        """Milliseconds to the first token of candidates in flat form: mean and deviation."""
-        assert self.latency is not None
-        return self.latency.predict([self.space.to_config(self.space.unflatten(flat)) for flat in flats])
+    def predict(self, metric: str, flats: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+        """Means and deviations of candidates in flat form, in the metric's unit."""
+        return self.latency[metric].predict([self.space.to_config(self.space.unflatten(flat)) for flat in flats])
 
     def refit(self) -> None:
-        """The latency model, where there are readings that it does not know of."""
-        if self.latency is None or len(self.readings.all()) != len(self.latency.readings):
-            self.latency = self.readings.fit()
+        """The latency models, where there are readings that they do not know of."""
+        for name in self.needed:
+            metric, model = self.readings.metric(name), self.latency.get(name)
+            if model is None or len(self.readings.all(metric)) != len(model.readings):
+                self.latency[name] = self.readings.fit(metric)
+
+    def measured(self, jobs: Mapping[Point, Job]) -> dict[str, tuple[float, float]]:
+        """By metric, (value, standard error or 0) of what the jobs at these points brought."""
+        found = {metric.name: self.readings.value(jobs[metric.point], metric) for metric in self.metrics}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _enter(self, phase: str, after: str) -> None:
         if self.store.phase == after:
             self.store.phase = phase
 
     def _check_reachable(self) -> None:
-        """Raises SweepError where even the fastest architecture that was met is over the limit."""
-        assert self.latency is not None
-        fastest = min(self.latency.readings, key=lambda reading: reading.value)
-        limit = min(self.plan.references["ttft_ms"], self.plan.limits.get("ttft_ms", np.inf))
-        low, _ = self.latency.interval([fastest.config])
-        if min(fastest.value, float(low[0])) > limit:
-            raise SweepError(f"the fastest of {len(self.latency.readings)} measured candidates takes {fastest.value:.4g} ms, "
-                             f"the limit is {limit:.4g}; raise the limit, shorten the prompt or allow smaller models")
+        """Raises SweepError where even the best architecture that was met is over a limit."""
+        for name, limit in self.needed.items():
+            model, unit = self.latency[name], self.readings.metric(name).unit
+            best = min(model.readings, key=lambda reading: reading.value)
+            low, _ = model.interval([best.config])
+            if limit is not None and min(best.value, float(low[0])) > limit:
+                raise SweepError(f"the best of {len(model.readings)} measured candidates has {name} {best.value:.4g} {unit}, "
+                                 f"the limit is {limit:.4g}; raise the limit, shorten the prompt or allow smaller models")
 
     def _confirm(self) -> None:
         """Measure the front's models again and score them with another seed; what that gives is an event `confirmed`."""
@@ -120,20 +144,22 @@ class Sweep:
         chosen = [trial for trial in spread(self.front(), list(self.plan.references), self.plan.confirm)
                   if trial.number not in known]  # fmt: skip
         with ThreadPoolExecutor(len(self.scorers) or 1) as pool:
-            again = {"seed": self.plan.seed + 1}
-            scores = [pool.submit(self.scorers[i % len(self.scorers)], {**trial.config["candidate"], **again})
+            other = {"seed": self.plan.seed + 1}
+            scores = [pool.submit(self.scorers[i % len(self.scorers)], {**trial.config["candidate"], **other})
                       for i, trial in enumerate(chosen) if self.scorers]  # fmt: skip
             for i, trial in enumerate(chosen):
-                job = self.readings.submit(f"confirm/{trial.number}/{trial.key}", self.candidate(trial))
-                ended = self.readings.wait([job])[0]
-                loss, reason = None, ended.reason
+                jobs = self.readings.submit_all(f"confirm/{trial.number}/{trial.key}", self.candidate(trial))
+                ended = self.readings.wait(jobs)
+                loss, reason = None, "; ".join(job.reason for job in ended if job.reason)
                 try:
                     loss = scores[i].result()["loss"] if scores else None
                 except (ValueError, RuntimeError) as error:  # what a scorer says of a candidate, or of itself
                     reason = str(error)
                 results = dict(trial.results or {})
+                again = self.measured(dict(zip(self.readings.plan.points, ended, strict=True)))
+                detail: dict[str, Any] = {name: [results.get(name), value] for name, (value, _) in again.items()}
                 self.store.event("confirmed", trial=trial.number, losses=[results.get("loss"), loss], reason=reason,
-                                 ttft_ms=[results.get("ttft_ms"), (ended.results or {}).get("ttft_ms")])  # fmt: skip
+                                 errors={name: error for name, (_, error) in again.items()}, **detail)  # fmt: skip
                 self.tick()
 
 
@@ -148,13 +174,17 @@ class _Asker:
         self.sweep.refit()
         asked = self.optimizer.ask(n)
         if asked:
-            means, deviations = self.sweep.predict([flat for _, flat in asked])
-            for (_, flat), mean, deviation in zip(asked, means, deviations, strict=True):
-                key = self.sweep.space.key(self.sweep.space.unflatten(flat))
-                self.sweep.store.event("predicted", key=key, ttft_ms=float(mean), deviation=float(deviation))
+            flats, sweep = [flat for _, flat in asked], self.sweep
+            said = {name: sweep.predict(name, flats) for name in sweep.needed}
+            for i, flat in enumerate(flats):
+                means: dict[str, Any] = {name: float(mean[i]) for name, (mean, _) in said.items()}
+                deviations = {name: float(deviation[i]) for name, (_, deviation) in said.items()}
+                key = sweep.space.key(sweep.space.unflatten(flat))
+                sweep.store.event("predicted", key=key, deviations=deviations, **means)
         return asked
 
     def tell(self, token: Any, results: Results | None, noise: Results) -> None:
+        raise_alarms(self.sweep.store, self.sweep.needed)
         self.optimizer.tell(token, results, noise or None)
 
     def state(self) -> str:
@@ -174,14 +204,17 @@ class _TrialPlan:
         return self.sweep.space.key(self.sweep.space.unflatten(config))
 
     def measures(self, config: Mapping[str, Any]) -> Sequence[Measure]:
-        readings = self.sweep.readings
-        request = readings.request(self.sweep.space.unflatten(config))
-        return [Measure(name="ttft", request=request, device_class=readings.device_class)]
+        readings, candidate = self.sweep.readings, self.sweep.space.unflatten(config)
+        requests = [readings.request(candidate, point) for point in readings.plan.points]
+        return [Measure(name=f"@{point}" if i else MAIN, request=request, device_class=readings.device_class,
+                        expect=readings.expect(request))
+                for i, (point, request) in enumerate(zip(readings.plan.points, requests, strict=True))]  # fmt: skip
 
     def results(self, measured: Mapping[str, Job], scores: Results) -> tuple[Results, Results]:
-        job = measured["ttft"]
-        errors = next(item.errors for item in self.sweep.readings.queue.readings(job.id) if item.role == "result")
-        return {**scores, "ttft_ms": (job.results or {})["ttft_ms"]}, {"ttft_ms": errors.get("ttft_ms", 0.0)}
+        points = self.sweep.readings.plan.points
+        found = self.sweep.measured({point: measured[f"@{point}" if i else MAIN] for i, point in enumerate(points)})
+        values = {name: value for name, (value, _) in found.items()}
+        return {**scores, **values}, {name: error for name, (_, error) in found.items() if name in self.sweep.needed}
 
 
 def build_once(

@@ -160,6 +160,14 @@ def test_a_worker_that_dies_is_told_and_replaced():
     assert answer(lambda config: {"x": 1}, {}) == {"scores": {"x": 1.0}} and checked({"x": 1}) == {"x": 1.0}
 
 
+def test_what_a_worker_says_is_in_its_log_and_not_on_the_terminal(tmp_path, capfd):
+    scorer = ProcessScorer("tests.search.test_service:no_such_function", log=tmp_path / "scores.log")
+    for _ in range(2):
+        with pytest.raises(WorkerLost, match="before its answer; .*scores.log has what it said"):
+            scorer({"ffn_size": 500})
+    assert (tmp_path / "scores.log").read_text().count("AttributeError") == 2 and "AttributeError" not in capfd.readouterr().err
+
+
 def test_a_worker_ends_with_its_service():
     scorer = ProcessScorer("tests.search.test_service:score")
     waiting = threading.Thread(target=lambda: pytest.raises(WorkerLost, scorer, {"wait": True}))
