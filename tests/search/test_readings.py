@@ -55,7 +55,7 @@ def test_buys_no_more_once_the_gates_are_met(tmp_path):
 
 def test_stops_at_the_limit_where_the_gates_are_out_of_reach(tmp_path):
     plan = LatencyPlan(prompt_tokens=128, decode_tokens=4, readings=12, more=6, max_readings=20, timeout_s=1.0)
-    readings = readings_in(tmp_path, noise=0.5, plan=plan)
+    readings = readings_in(tmp_path, noise=0.2, plan=plan)
     with readings.farm:
         model = learn_latency(readings, 0, {"ttft_ms": None})["ttft_ms"]
     fits = [event.detail for event in readings.queue.store.events("latency_model")]
@@ -71,7 +71,8 @@ def test_processor_time_is_what_is_learned_where_the_farm_goes_by_it(tmp_path):
     for readings in (wall, processor):
         with readings.farm:
             readings.wait([readings.submit(f"latency/{SPACE.key(c)}", c) for c in candidates])
-    by_wall, by_processor = ({config_key(r.config): r.value for r in readings.all(readings.metric("ttft_ms"))} for readings in (wall, processor))
+    by_wall, by_processor = ({config_key(found.config): found.value for found in readings.all(readings.metric("ttft_ms"))}
+                             for readings in (wall, processor))  # fmt: skip
     assert len(by_wall) == 12 and by_processor == pytest.approx({key: value / 1.1 for key, value in by_wall.items()})
     decode = wall.metric("decode_ms")
     model = processor.fit(decode)
