@@ -54,7 +54,7 @@ class LatencyModel:
         """The kind with the smallest cross-validated error. Raises ValueError for too few, mixed or impossible readings."""
         model = cls(key, readings, prior)
         outliers = model._flag_outliers()
-        kinds = KINDS if prior is None else TRANSFERRED + (KINDS if len(readings) >= 3 * MIN_READINGS else ())
+        kinds = KINDS if prior is None else TRANSFERRED + KINDS
         errors = {}
         for kind in kinds:
             model._parts[kind] = model._fit_part(kind)
@@ -114,9 +114,12 @@ class LatencyModel:
         return feature_table(configs, self.key.metric, self.key.context, self.key.threads)
 
     def _flag_outliers(self) -> NDArray[np.bool_]:
-        """Readings far off the robust sum get the variance of their distance: kept, but without weight."""
-        base = self.prior.predict(self._configs)[0] if self.prior is not None else None
-        fitted = base if base is not None else predict_linear(
+        """Readings far off the robust sum get the variance of their distance: kept, but without weight.
+
+        Few readings cannot bear out a sum of so many columns: then it is the older device's model they are held against.
+        """
+        few = len(self._values) < 3 * MIN_READINGS
+        fitted = self.prior.predict(self._configs)[0] if self.prior is not None and few else predict_linear(
             self._features, fit_linear(self._features, self._values, self._variances), 0.1 * self._values.min())
         residual = np.log(self._values) - np.log(fitted)
         residual -= np.median(residual)
