@@ -24,7 +24,8 @@ from search.reference_output import Expect
 from search.space import Candidate, Space
 
 if TYPE_CHECKING:
-    from search.latency.model import LatencyModel, Reading
+    from search.latency.model import LatencyModel
+    from search.latency.reading import Reading
 
 POLL_S = 0.05
 POOL = 2000
@@ -105,7 +106,7 @@ class KnownReadings:
 
     def all(self, metric: DeviceMetric, jobs: Sequence[int] | None = None) -> list[Reading]:
         """Every reading at the metric's point, of all jobs that count or of those that did once."""
-        from search.latency.model import Reading
+        from search.latency.reading import Reading
 
         keys = {trial.number: trial.key for trial in self.queue.store.trials()}
         found = []
@@ -126,7 +127,8 @@ class KnownReadings:
 
     def fit(self, metric: DeviceMetric, jobs: Sequence[int] | None = None) -> LatencyModel:
         """Raises ValueError where too few readings came back to fit anything."""
-        from search.latency.model import Key, LatencyModel
+        from search.latency.model import LatencyModel
+        from search.latency.reading import Key
 
         key = Key(device_class=self.device_class, runtime=self.plan.runtime, threads=metric.point.threads, metric=metric.kind,
                   context=metric.point.prompt_tokens)  # fmt: skip

@@ -383,8 +383,9 @@ def test_a_fitted_latency_model_brings_its_pairs_gates_and_proxies(tmp_path: Pat
     import random
 
     from search.latency.evidence import evidence
-    from search.latency.model import Key, LatencyModel
-    from search.latency.model import Reading as LatencyReading
+    from search.latency.model import LatencyModel
+    from search.latency.reading import Key
+    from search.latency.reading import Reading as LatencyReading
 
     space = demo_space()
     models = [space.to_config(candidate) for candidate in space.sample(random.Random(5), 12)]
