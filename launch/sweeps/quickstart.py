@@ -14,7 +14,7 @@ def quickstart_search() -> SweepRecipe:
 
     python launch/sweep.py --recipe quickstart_search
 
-    Times are processor time, since the same machine trains meanwhile.
+    Times are processor time, of a machine that may have other work.
     """
     recipe = quickstart()
     assert recipe.pretrain is not None
@@ -32,8 +32,8 @@ def quickstart_search() -> SweepRecipe:
                "num_heads": [2, 4], "num_kv_heads": [1, 2]},
         goal=GoalConfig(ttft_ms=2.5, loss=6.5),
         quality=QualityConfig(budget_tokens=20_480, calibration_sequences=32, processes=2),
-        device=DeviceConfig(prompt_tokens=192, decode_tokens=16, readings=24, more=8, max_readings=60, max_repeats=15,
-                            processor_time=True, drift=0.15, cool_s=5.0),
+        device=DeviceConfig(prompt_tokens=192, decode_tokens=16, readings=32, more=8, max_readings=80, min_repeats=20,
+                            max_repeats=80, warmup=10, processor_time=True, drift=0.2, cool_s=5.0),
         trials=40, batch=4, confirm=3, retrain=1, retrain_steps={"pretrain": 60, "midtrain": 40, "sft": 40, "qat": 16},
     )  # fmt: skip
 
