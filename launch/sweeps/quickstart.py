@@ -22,7 +22,7 @@ def quickstart_search() -> SweepRecipe:
                      for item in recipe.train.held_out)  # fmt: skip
     recipe = replace(
         recipe, name="quickstart_search", model=replace(recipe.model, num_heads=4, num_kv_heads=2, head_dim=32, window=64),
-        pretrain=replace(recipe.pretrain, steps=200), train=replace(recipe.train, held_out=held_out),
+        train=replace(recipe.train, held_out=held_out),
         launch=LaunchConfig(workers=1, threads_per_worker=1),
         evaluation=replace(recipe.evaluation, limit=40, prompts=recipe.evaluation.prompts[:1]),
     )  # fmt: skip
