@@ -17,7 +17,6 @@ def quickstart_search() -> SweepRecipe:
     Times are processor time, of a machine that may have other work.
     """
     recipe = quickstart()
-    assert recipe.pretrain is not None
     held_out = tuple(replace(item, max_documents=min(item.max_documents, 24), max_document_bytes=4_000)
                      for item in recipe.train.held_out)  # fmt: skip
     recipe = replace(
