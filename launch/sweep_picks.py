@@ -7,6 +7,7 @@ and measured, `final.json` beside its run.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -105,14 +106,18 @@ def write_pick(
     model, _ = read_model(checkpoint)
     save_toml(replace(_longer(sweep), name=f"{sweep.name}-{trial.number:04d}", model=model), folder / "recipe.toml")
     device, results = sweep.device, dict(trial.results or {})
-    bands = {name: {"value": mean, "low": max(0.0, mean - 1.96 * off), "high": mean + 1.96 * off}
-             for name, (mean, off) in said.items()}  # fmt: skip
+    bands = {name: _band(mean, math.hypot(off, trial.noise.get(name, 0.0))) for name, (mean, off) in said.items()}
     write_json(folder / "expected.json", {
         "trial": trial.number, "predicted": bands, "search": results, "device": list(device.names),
         "prompt_tokens": device.prompt_tokens, "threads": device.threads, "kv": device.kv,
         "processor_time": device.processor_time,
     })  # fmt: skip
     return folder
+
+
+def _band(mean: float, deviation: float) -> dict[str, float]:
+    """95 %, of what a measurement will give: the model's uncertainty and a measurement's."""
+    return {"value": mean, "low": max(0.0, mean - 1.96 * deviation), "high": mean + 1.96 * deviation}
 
 
 def _longer(sweep: SweepRecipe) -> Recipe:
