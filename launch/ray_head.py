@@ -62,6 +62,9 @@ def shared_cluster(launch: LaunchConfig, processes: int) -> Iterator[None]:
             if mine:
                 ray.shutdown()
         return
+    from launch.ray_runner import LOCAL_HEAD_ENVIRONMENT
+
+    os.environ.update(LOCAL_HEAD_ENVIRONMENT)  # for the processes that train, to which the head is one of a cluster
     os.environ["RAY_ADDRESS"] = start_head(count * launch.cpus_per_worker, count * launch.gpus_per_worker)
     try:
         yield

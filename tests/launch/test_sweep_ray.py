@@ -59,7 +59,7 @@ def test_scoring_processes_share_one_head_divergence_comes_back_as_such_and_devi
     model = replace(MODEL, num_kv_heads=2)  # a packed file has no narrower keys than 32
     run_job(pretrain_job(tmp_path, steps=30, lr=1e-2, model=model))
     training = pruned_training(tmp_path, tmp_path / "unused")
-    workers = LaunchConfig(workers=2, cpus_per_worker=0.5, threads_per_worker=1)
+    workers = LaunchConfig(workers=1, runner="ray", cpus_per_worker=0.5, threads_per_worker=1)
     space = {"num_layers": [1, 2], "hidden_size": [32], "ffn_size": [32, 64], "num_heads": [2], "num_kv_heads": [2]}
     sweep = SweepRecipe(
         name="tiny", recipe=replace(training.recipe, model=model, launch=workers), space=space,
@@ -87,10 +87,10 @@ def test_scoring_processes_share_one_head_divergence_comes_back_as_such_and_devi
             over.set()
             watcher.join()
         drivers = {job["DriverPid"] for job in ray._private.state.jobs()}
-        quality = diverging(training, workers)(model, 4 * 32 * 6, 0)
+        quality = diverging(training, replace(workers, workers=2))(model, 4 * 32 * 6, 0)
         assert quality.status == "infeasible" and "nan" in quality.reason, quality.reason
         assert quality.start_loss is None and quality.seconds > 0
-        with pytest.raises(InputError, match="processes=3 trainings of 2 workers need 3 CPUs at once, the cluster has 2"):
+        with pytest.raises(InputError, match="processes=3 trainings of 1 workers need 1.5 CPUs at once, the cluster has 1"):
             with shared_cluster(workers, 3):
                 pass
         phone = open_device("ray:///model:oneplus_12")
