@@ -98,9 +98,10 @@ def noise_lines(rows: Sequence[Row], pairs: Sequence[tuple[float, float]]) -> li
 
 def residual_lines(rows: Sequence[Row]) -> list[str]:
     scratch, shapes = [row["scratch"] for row in rows], [row["shape"] for row in rows]
-    recipes = list(rows[0]["short"])
-    found = [correlations([row["short"][recipe] for row in rows], scratch, shapes) for recipe in recipes]
-    lines = ["", "what disagreement goes with (r; above 0: the short training thinks less of more of it), by recipe as above"]
+    scores = [[row["short"][recipe] for row in rows] for recipe in rows[0]["short"]]
+    scores.append([-item["log parameters"] for item in shapes])
+    found = [correlations(score, scratch, shapes) for score in scores]
+    lines = ["", "what disagreement goes with (r; above 0: the score thinks less of more of it), by recipe as above, then size"]
     lines += [f"  {name:<20}" + "".join(f"{item[name]:>7.2f}" for item in found) for name in found[0]]
     return lines
 

@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--scratch-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=300, help="of each supernet")
+    parser.add_argument("--steps", type=int, default=600, help="of each supernet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder")
