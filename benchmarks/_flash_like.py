@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from search.optim.hypervolume import hypervolume
 
 Array = NDArray[np.float64]
-CONTEXT, SLOTS, HEAD = 2048, 16, 64
+CONTEXT, HEAD, VOCABULARY = 2048, 64, 128256
+SIZES = (tuple(range(10, 17)), tuple(range(1024, 2049, 128)), tuple(range(2048, 8193, 512)), tuple(range(8, 33, 4)), (2, 4, 8))
+SLOTS = max(SIZES[0])
 REFERENCE = {"ttft": 4.0, "loss": 0.6}
 LOSS_NOISE, TIME_NOISE, OUTLIERS = 0.008, 0.02, 0.03
 KINDS = ("full", "window", "skip")
@@ -27,16 +29,25 @@ KINDS = ("full", "window", "skip")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One variant. Loss = floor + scale N^-exponent (1 + mixed * share) + shape + pattern; N in billions."""
+    """One variant. Loss = floor + scale N^-exponent + shape + pattern; N in billions."""
 
     name: str
     names: tuple[str, str, str, str, str, str] = ("layers", "d_model", "d_ffn", "heads", "kv_heads", "slot_{}")
+    sizes: tuple[tuple[int, ...], ...] = SIZES
+    """What layers, width, FFN width, heads and KV heads may be; as many slots as layers at most."""
+    kinds: tuple[Any, ...] = KINDS
+    """What a slot may hold for full, window and skip."""
     floor: float = 0.10
     scale: float = 0.14
     exponent: float = 0.6
     shape: tuple[float, float, float, float] = (0.04, 0.03, 0.03, 0.010)
     """Weights of FFN ratio, width for depth, heads for width, and few KV heads."""
+    bend: float = 2.0
+    """Power of what a shape is off by, in logs."""
+    embedding: float = 0.0
+    """Share of the embedding's parameters that counts as size."""
     best_ratio: float = 3.2
+    width_a_layer: float = 110.0
     skip_price: float = 0.012
     window_share: float = 0.45
     run_price: float = 0.010
@@ -52,19 +63,21 @@ class Problem:
 
     @property
     def space(self) -> dict[str, list[Any]]:
-        values = (list(range(10, 17)), list(range(1024, 2049, 128)), list(range(2048, 8193, 512)),
-                  [8, 12, 16, 20, 24, 28, 32], [2, 4, 8])  # fmt: skip
-        sizes: dict[str, list[Any]] = dict(zip(self.names[:5], map(list, values), strict=True))
-        return {**sizes, **{self.names[5].format(i): list(KINDS) for i in range(SLOTS)}}
+        sizes: dict[str, list[Any]] = dict(zip(self.names[:5], map(list, self.sizes), strict=True))
+        return {**sizes, **{self.names[5].format(i): list(self.kinds) for i in range(self.slots)}}
+
+    @property
+    def slots(self) -> int:
+        return max(self.sizes[0])
 
     def repair(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Slots of layers that are not there hold the first kind."""
         layers = config[self.names[0]]
-        return {**config, **{self.names[5].format(i): KINDS[0] for i in range(layers, SLOTS)}}
+        return {**config, **{self.names[5].format(i): self.kinds[0] for i in range(layers, self.slots)}}
 
     def numbers(self, config: Mapping[str, Any]) -> tuple[int, int, int, int, int, list[int]]:
         sizes = [config[name] for name in self.names[:5]]
-        kinds = [KINDS.index(config[self.names[5].format(i)]) for i in range(sizes[0])]
+        kinds = [self.kinds.index(config[self.names[5].format(i)]) for i in range(sizes[0])]
         return (*sizes, kinds)  # type: ignore[return-value]
 
     # --- the functions ---
@@ -73,19 +86,23 @@ class Problem:
     def prices(self) -> Array:
         """[slots, kinds]: what each kind costs in each layer of the deepest model; both ends are dear."""
         draw = np.random.default_rng([self.seed, 77])
-        depth = np.linspace(-1, 1, SLOTS)
-        skip = self.skip_price * (0.35 + 1.4 * depth**4 + 0.9 * draw.random(SLOTS))
-        window = skip * self.window_share * (0.6 + 0.8 * draw.random(SLOTS))
-        return np.stack([np.zeros(SLOTS), window, skip], axis=1)
+        depth = np.linspace(-1, 1, self.slots)
+        skip = self.skip_price * (0.35 + 1.4 * depth**4 + 0.9 * draw.random(self.slots))
+        window = skip * self.window_share * (0.6 + 0.8 * draw.random(self.slots))
+        return np.stack([np.zeros(self.slots), window, skip], axis=1)
 
     def size_loss(self, layers: Any, width: Any, ffn: Any, heads: Any, kv: Any, full: Any, window: Any) -> Any:
         attention = 2 * width * HEAD * (heads + kv) * (full + window)
-        billions = (3.0 * layers * width * ffn + attention) / 1e9
+        billions = (3.0 * layers * width * ffn + attention + self.embedding * VOCABULARY * width) / 1e9
         ratio, depth, match, few = self.shape
+
+        def off(quotient: Any) -> Any:
+            return np.abs(np.log(quotient)) ** self.bend
+
         return (
             self.floor + self.scale * billions**-self.exponent
-            + ratio * np.log(ffn / width / self.best_ratio) ** 2 + depth * np.log(width / (110.0 * layers)) ** 2
-            + match * np.log(heads * HEAD / width) ** 2 + few * np.log2(8.0 / kv)
+            + ratio * off(ffn / width / self.best_ratio) + depth * off(width / (self.width_a_layer * layers))
+            + match * off(heads * HEAD / width) + few * np.log2(max(self.sizes[4]) / kv)
         )  # fmt: skip
 
     def time(self, layers: Any, width: Any, ffn: Any, heads: Any, kv: Any, full: Any, window: Any) -> Any:
@@ -102,7 +119,7 @@ class Problem:
         causal, banded = CONTEXT * (CONTEXT + 1) / 2, 256 * CONTEXT - 256 * 255 / 2
         projections = product(width, HEAD * (2 * heads + 2 * kv))
         per_layer = product(3 * width, ffn) + 1e-3 * self.layer_ms
-        head = 128256 * width * 0.56 / self.bandwidth
+        head = VOCABULARY * width * 0.56 / self.bandwidth
         return (layers * per_layer + (full + window) * (projections + 1e-3 * self.layer_ms)
                 + full * scores(causal) + window * scores(banded) + head)  # fmt: skip
 

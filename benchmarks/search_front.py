@@ -3,6 +3,7 @@
     python benchmarks/search_front.py                                  staged, with a latency stage, three variants, 5 seeds
     python benchmarks/search_front.py --arm nsga2 --variant flash      another optimizer
     python benchmarks/search_front.py --no-latency-stage --failures 0.15
+    python benchmarks/search_front.py --variant random2                another problem for each number, names, sizes and all
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started as a script, not as a module
 
 from benchmarks._flash_like import LOSS_NOISE, OUTLIERS, REFERENCE, TIME_NOISE, VARIANTS, Problem  # noqa: E402
+from benchmarks._flash_random import random_problem  # noqa: E402
 
 MARKS = (50, 100, 200)
 BATCH = 8
@@ -48,6 +50,15 @@ class Noise:
         return self._time(self.problem.evaluate(config)[0])
 
 
+def find_problem(name: str) -> Problem:
+    """A variant, or `randomN`. Raises ArgumentTypeError, which argparse tells in a line."""
+    if name.startswith("random") and name[6:].isdecimal():
+        return random_problem(int(name[6:]))
+    if name not in VARIANTS:
+        raise argparse.ArgumentTypeError(f"{name!r} is no problem; expected {', '.join(sorted(VARIANTS))} or random0 ...")
+    return VARIANTS[name]
+
+
 def make(arm: str, problem: Problem, seed: int, noise: Noise, stage: bool) -> Any:
     """An optimizer with ask and tell."""
     if arm == "staged":
@@ -60,7 +71,9 @@ def make(arm: str, problem: Problem, seed: int, noise: Noise, stage: bool) -> An
     return make_optimizer(arm, Domain(choices=problem.space, repair=problem.repair), Goal(objectives=REFERENCE), seed)
 
 
-def run(arm: str, problem: Problem, seed: int, evaluations: int, failures: float, stage: bool) -> dict[str, Any]:
+def run(
+    arm: str, problem: Problem, seed: int, evaluations: int, failures: float, stage: bool, batch: int = BATCH
+) -> dict[str, Any]:
     """Shares at the marks, CPU seconds of the slowest ask, readings."""
     noise = Noise(problem, seed, failures)
     search = make(arm, problem, seed, noise, stage)
@@ -68,7 +81,7 @@ def run(arm: str, problem: Problem, seed: int, evaluations: int, failures: float
     shares, slowest, total, told = {}, 0.0, 0.0, 0
     while told < evaluations:
         start = time.process_time()
-        asked = search.ask(min(BATCH, evaluations - told))
+        asked = search.ask(min(batch, evaluations - told))
         spent = time.process_time() - start
         total, slowest = total + spent, max(slowest, spent) if told else slowest
         for token, config in asked:
@@ -87,9 +100,11 @@ def main() -> None:
     """Prints one line a variant; `--output` keeps every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", default="staged", help="staged, botorch, tpe, optuna-nsga2, nsga2 or random")
-    parser.add_argument("--variant", choices=sorted(VARIANTS), action="append", help="may be repeated; all of them by default")
+    parser.add_argument("--variant", type=find_problem, action="append",
+                        help=f"{', '.join(sorted(VARIANTS))} (all of them by default), or random0 ...; may be repeated")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=BATCH, help="questions at a time")
     parser.add_argument("--evaluations", type=int, default=200)
     parser.add_argument("--failures", type=float, default=0.0, help="share of evaluations that fail")
     parser.add_argument("--no-latency-stage", action="store_true")
@@ -99,17 +114,17 @@ def main() -> None:
 
     torch.set_num_threads(1)
     kept = []
-    for name in arguments.variant or sorted(VARIANTS):
-        problem = VARIANTS[name]
-        runs = [run(arguments.arm, problem, seed, arguments.evaluations, arguments.failures, not arguments.no_latency_stage)
+    for problem in arguments.variant or [VARIANTS[name] for name in sorted(VARIANTS)]:
+        runs = [run(arguments.arm, problem, seed, arguments.evaluations, arguments.failures, not arguments.no_latency_stage,
+                    arguments.batch)
                 for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)]  # fmt: skip
-        kept += [{"variant": name, "arm": arguments.arm, **result} for result in runs]
+        kept += [{"variant": problem.name, "arm": arguments.arm, **result} for result in runs]
         columns = []
         for mark in MARKS:
             if at := [result["shares"][mark] for result in runs if mark in result["shares"]]:
                 columns.append(f"{mark}: {statistics.median(at):.3f} ({min(at):.3f}..{max(at):.3f})")
         slowest, cost = max(r["slowest_ask_cpu_s"] for r in runs), statistics.median(r["cpu_s"] for r in runs)
-        print(f"{arguments.arm} {name} (front of {len(problem.true_front)}, {len(runs)} seeds)  {'  '.join(columns)}  "
+        print(f"{arguments.arm} {problem.name} (front of {len(problem.true_front)}, {len(runs)} seeds)  {'  '.join(columns)}  "
               f"slowest ask {slowest} CPU-s, CPU {cost:.0f} s, readings {max(r['readings'] for r in runs)}", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(kept, indent=1))

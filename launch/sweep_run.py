@@ -6,7 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,15 @@ from launch.sweep_budgets import ranking_of, short_notes
 from launch.sweep_config import DeviceConfig, SweepRecipe
 from launch.sweep_optimizer import optimizer_maker
 from launch.sweep_picks import predictions, read_picks, retrain_front
-from launch.sweep_score import CandidateScorer
+from launch.sweep_score import CandidateScorer, turns_of
 from launch.sweep_supernet import prepare_supernet
 from launch.sweep_wandb import SweepWatch
 from modeling.config import ModelConfig
 from search.agent.measuring import Gate
 from search.budgets import TwoBudgets
 from search.devices import MeasureRequest, open_device
+from search.devices.base import Device
+from search.devices.driver import ProgramDevice
 from search.farm import Farm
 from search.members import Member, Policy
 from search.metrics import metrics_at
@@ -33,6 +35,7 @@ from search.reference_output import CHECKED, ReferenceOutput
 from search.space import Space
 from search.store import Store
 from search.sweep import Sweep, SweepPlan, build_once
+from search.turns import InTurn, Turns
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +56,8 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
     with closing(Store.open(directory / DATABASE, sweep.comparable())) as store, room, watch:
         backbone, importance = prepare_backbone(sweep, directory, say)
         torch.set_num_threads(1)  # what this process computes from now on is small, and the scoring processes need the cores
-        members = [Member(open_device(name)) for name in sweep.device.names]
+        turns = turns_of(sweep, directory)
+        members = [Member(_open(name, turns)) for name in sweep.device.names]
         build = build_once(directory / "shapes", _write_random, _shape_key)
         farm = Farm(store, members, policy=policy_of(sweep.device), sentinel=_sentinel(sweep, build))
         farm.queue.recover()
@@ -64,7 +68,8 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
             scorers = [stack.enter_context(closing(CandidateScorer(directory / SPEC, backbone, importance, scores)))
                        for _ in range(sweep.quality.processes)]  # fmt: skip
             make = optimizer_maker(sweep.optimizer)
-            found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make, lambda: tick(store)).run()
+            found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make, lambda: tick(store),
+                          nullcontext if turns is None else turns.computing).run()  # fmt: skip
         if found and sweep.retrain:
             retrain_front(sweep, directory, readings, (backbone, importance), say)
         write_front(directory / "front.json", space, store, found, record_of(sweep, store, directory))
@@ -122,6 +127,11 @@ def policy_of(device: DeviceConfig) -> Policy:
                   processor_time=device.processor_time, sentinel_jobs=device.sentinel_jobs or Policy.sentinel_jobs,
                   cool_s=device.cool_s, rest_s=device.rest_s, reboot=device.reboot,
                   gate=Gate(max_c=device.max_c or None, max_wait_s=device.max_wait_s))  # fmt: skip
+
+
+def _open(name: str, turns: Turns | None) -> Device:
+    device = open_device(name)
+    return InTurn(device, turns) if turns is not None and name == "local" and isinstance(device, ProgramDevice) else device
 
 
 def _unknown(request: MeasureRequest) -> None:

@@ -6,15 +6,18 @@ The process gets plain JSON: the sweep's file, the backbone and a candidate. It 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from launch.config import read_toml
+from launch.runner import choose_runner
 from launch.search_quality import PrunedTraining
-from launch.sweep_config import from_dict
+from launch.sweep_config import SweepRecipe, from_dict
 from launch.sweep_supernet import supernet_quality
 from search.quality import TrainedScorer, as_score
+from search.turns import Turns
 from search.workers import ProcessScorer, Score
 from stages.errors import InputError
 
@@ -37,9 +40,31 @@ class CandidateScorer:
 def score(request: Mapping[str, Any]) -> Mapping[str, float]:
     """Raises Infeasible for the candidate's own faults, RuntimeError for what asking again may mend."""
     try:
-        return _scorer(*request["task"])(request["candidate"])
+        with _turn(request["task"][0]):
+            return _scorer(*request["task"])(request["candidate"])
     except InputError as error:  # of the backbone or the data, not of this candidate: never a verdict on it
         raise RuntimeError(str(error)) from None
+
+
+def turns_of(sweep: SweepRecipe, directory: Path) -> Turns | None:
+    """What this process computes with and measures by, where this machine does both (search/turns.py)."""
+    here = "local" in sweep.device.names and choose_runner(sweep.recipe.launch) == "local"
+    return Turns(directory) if here else None
+
+
+@cache
+def _turns(sweep_file: str) -> Turns | None:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    turns = turns_of(from_dict(read_toml(Path(sweep_file)), sweep_file), Path(sweep_file).parent)
+    if turns is not None:
+        register_optimizer_step_post_hook(lambda *_: turns.give())  # a training gives way at each of its steps
+    return turns
+
+
+def _turn(sweep_file: str) -> AbstractContextManager[None]:
+    turns = _turns(sweep_file)
+    return nullcontext() if turns is None else turns.computing()
 
 
 @cache

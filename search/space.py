@@ -1,75 +1,23 @@
 """What may be searched: lists of choices for a model's sizes, a kind of attention for every layer, hard filters.
 
-A dimension is a field of `Candidate` that `ModelConfig` has under the same name: an `int` field is a choice from an ordered
-list, `attention` a choice for every stored block. A further dimension (experts, granularity, bit width of a part) is one
-more field with its default; lists, keys, neighbours, size and sampling follow from the fields. Only a dimension that
-some candidates do not use needs a line in `Space.key`, as idle attention slots have.
+What a candidate is and what a further dimension takes stands in `search.candidate`.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 from modeling.config import AttentionKind, ModelConfig
-from search.patterns import PatternCounts
+from search.candidate import DEFAULTS, KINDS, NUMBERS, Candidate, Limits, check_choices, check_kinds, single_changes
+from search.counting import Counting
 
-KINDS: tuple[str, ...] = get_args(AttentionKind)
+__all__ = ["KINDS", "NUMBERS", "SLOT", "Candidate", "Limits", "Space"]
 SLOT = "attention."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A point of the space. Hashable; equal where all fields are."""
-
-    num_layers: int
-    """Stored blocks."""
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int = 64
-    attention: tuple[AttentionKind, ...]
-    """The kind of every stored block; as many as `num_layers`."""
-    block_repeat: int = 1
-
-
-NUMBERS = tuple(item.name for item in fields(Candidate) if item.name != "attention")
-DEFAULTS = {item.name: item.default for item in fields(Candidate) if item.default is not MISSING}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Hard filters: a candidate that breaks one is never proposed."""
-
-    max_without_full: int = 2
-    """Executed layers in a row that may lack full attention (three or more break retrieval: MobileLLM-Flash)."""
-    size_multiple: int = 32
-    """hidden_size, ffn_size and the widths of queries and keys must be multiples: the packed file's group."""
-    memory_bytes: int | None = None
-    """Weights as packed plus the cache of `context` tokens; None is no cap."""
-    context: int = 2048
-    """In tokens."""
-    weight_bits: float = 4
-    group_size: int = 32
-    kv_bits: float = 8
-
-    def __post_init__(self) -> None:
-        for name in ("size_multiple", "context", "group_size", "weight_bits", "kv_bits"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"space.limits.{name}={getattr(self, name)} must be above 0")
-        if self.max_without_full < 0:
-            raise ValueError(f"space.limits.max_without_full={self.max_without_full} must be 0 or more")
-        if self.memory_bytes is not None and self.memory_bytes < 1:
-            raise ValueError(f"space.limits.memory_bytes={self.memory_bytes} must be at least 1; leave it out for no cap")
-
-    def memory(self, config: ModelConfig) -> int:
-        """Bytes of the packed weights and the cache at `context`."""
-        return config.weight_bytes(self.weight_bits, self.group_size) + config.kv_bytes(self.context, self.kv_bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +33,15 @@ class Space:
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        _check_choices(self.choices)
-        _check_kinds(self.attention)
+        check_choices(self.choices)
+        check_kinds(self.attention)
         known = {item.name for item in fields(ModelConfig)} - {item.name for item in fields(Candidate)}
         if unknown := sorted(set(self.fixed) - known):
             raise ValueError(f"space.fixed.{unknown[0]}: no such field of a model; expected some of {', '.join(sorted(known))}")
         if "vocab_size" not in self.fixed:
             raise ValueError("space.fixed lacks vocab_size; give the backbone's")
-        if not self._feasible_numbers:
-            raise ValueError(f"the space has no feasible point: {self._why_empty()}")
+        if not self._counting.feasible_numbers:
+            raise ValueError(f"the space has no feasible point: {self._counting.why_empty()}")
 
     # --- candidates and configs ---
 
@@ -157,7 +105,7 @@ class Space:
 
     def violations(self, candidate: Candidate) -> list[str]:
         """Every hard filter the candidate breaks, in words; empty where it is feasible."""
-        found = self._outside(candidate) + self._number_violations(candidate)
+        found = self._outside(candidate) + self.limits.number_violations(candidate)
         if len(candidate.attention) != candidate.num_layers:
             return [*found, f"attention names {len(candidate.attention)} layers, num_layers is {candidate.num_layers}"]
         if "full" not in candidate.attention:
@@ -183,23 +131,11 @@ class Space:
         kinds = sorted(set(candidate.attention) - set(self.attention))
         return wrong + [f"attention kind {kind!r} is not one of {list(self.attention)}" for kind in kinds]
 
-    def _number_violations(self, candidate: Candidate) -> list[str]:
-        found = []
-        if candidate.num_heads % candidate.num_kv_heads:
-            found.append(f"num_heads={candidate.num_heads} is not a multiple of num_kv_heads={candidate.num_kv_heads}")
-        if candidate.head_dim % 2:
-            found.append(f"head_dim={candidate.head_dim} is odd: RoPE rotates pairs")
-        widths = {"hidden_size": candidate.hidden_size, "ffn_size": candidate.ffn_size,
-                  "num_heads * head_dim": candidate.num_heads * candidate.head_dim,
-                  "num_kv_heads * head_dim": candidate.num_kv_heads * candidate.head_dim}  # fmt: skip
-        multiple = self.limits.size_multiple
-        return found + [f"{name}={size} is not a multiple of {multiple}" for name, size in widths.items() if size % multiple]
-
     # --- size and sampling ---
 
     def size(self) -> int:
         """How many feasible candidates there are, exactly: patterns are counted, not listed."""
-        return sum(count for _, count in self._feasible_numbers)
+        return self._counting.size()
 
     def encodings(self) -> int:
         """How many candidates there are before the filters."""
@@ -214,91 +150,20 @@ class Space:
 
         Not uniform over the whole space, where nearly all candidates are of the deepest kind: 3^16 patterns against 3^10.
         """
-        return [self._sample_one(draw) for _ in range(count)]
-
-    def _sample_one(self, draw: random.Random) -> Candidate:
-        numbers, _ = draw.choice(self._feasible_numbers)
-        patterns = self._patterns(numbers)
-        allowed = self._allowed_counts(numbers)
-        wanted = draw.choices([pair for pair, _ in allowed], [ways for _, ways in allowed])[0]
-        return replace(numbers, attention=patterns.sample(draw, numbers.num_layers, *wanted))
-
-    def _patterns(self, numbers: Candidate) -> PatternCounts:
-        return PatternCounts.of(self.attention, self.limits.max_without_full // numbers.block_repeat)
-
-    def _allowed_counts(self, numbers: Candidate) -> list[tuple[tuple[int, int], int]]:
-        """((full layers, window layers), patterns with so many) for every pair that fits in memory."""
-        counts = self._patterns(numbers).by_counts(numbers.num_layers)
-        if self.limits.memory_bytes is None:
-            return list(counts.items())
-        return [(pair, ways) for pair, ways in counts.items() if self._memory(numbers, *pair) <= self.limits.memory_bytes]
-
-    def _memory(self, numbers: Candidate, full: int, window: int) -> int:
-        """Depends on how many layers are of a kind, not on which."""
-        counts: tuple[tuple[AttentionKind, int], ...] = (
-            ("full", full), ("window", window), ("skip", numbers.num_layers - full - window))
-        kinds = tuple(kind for kind, count in counts for _ in range(count))
-        return self.limits.memory(self.to_config(replace(numbers, attention=kinds)))
+        return [self._counting.sample(draw) for _ in range(count)]
 
     @cached_property
-    def _feasible_numbers(self) -> list[tuple[Candidate, int]]:
-        """Every choice of numbers (its pattern empty) that has a feasible pattern, with how many it has."""
-        found = []
-        for values in itertools.product(*(self.choices[name] for name in NUMBERS)):
-            numbers = Candidate(**dict(zip(NUMBERS, values, strict=True)), attention=())
-            if self._number_violations(numbers):
-                continue
-            if ways := self._count_patterns(numbers):
-                found.append((numbers, ways))
-        return found
-
-    def _count_patterns(self, numbers: Candidate) -> int:
-        counts = self._patterns(numbers).by_counts(numbers.num_layers)
-        cap = self.limits.memory_bytes
-        # Most choices fit with their largest pattern, or not even with their smallest; only the rest is gone through.
-        if not counts or cap is None or self._memory(numbers, *max(counts, key=lambda pair: (sum(pair), pair[0]))) <= cap:
-            return sum(counts.values())
-        return sum(ways for _, ways in self._allowed_counts(numbers))
-
-    def _why_empty(self) -> str:
-        first = replace(Candidate(**{name: self.choices[name][0] for name in NUMBERS}, attention=()))
-        if wrong := self._number_violations(first):
-            return f"already the first choices fail ({wrong[0]}), and so do all others; widen a list"
-        if "full" not in self.attention:
-            return "every candidate needs a layer with full attention; add \"full\" to attention"
-        counts = self._patterns(first).by_counts(first.num_layers)
-        if not counts:
-            return "no pattern of layers passes max_without_full; raise it or add \"full\""
-        smallest = min(self._memory(first, *pair) for pair in counts)
-        return f"the smallest candidate needs {smallest} bytes, the cap is {self.limits.memory_bytes}; raise memory_bytes"
+    def _counting(self) -> Counting:
+        return Counting(self.choices, self.attention, self.limits, self.to_config)
 
     # --- neighbours ---
 
     def neighbours(self, candidate: Candidate) -> list[Candidate]:
         """All feasible candidates one change away: a number's next value, a layer of another kind, a layer more or less."""
-        found = {self.key(other): other for other in self._changes(candidate) if not self.violations(other)}
+        found = {self.key(other): other for other in single_changes(candidate, self.choices, self.attention)
+                 if not self.violations(other)}  # fmt: skip
         found.pop(self.key(candidate), None)
         return list(found.values())
-
-    def _changes(self, candidate: Candidate) -> Iterator[Candidate]:
-        kinds = candidate.attention
-        for name in NUMBERS:
-            values = self.choices[name]
-            at = values.index(getattr(candidate, name))
-            for other in (*values[max(0, at - 1) : at], *values[at + 1 : at + 2]):
-                if name != "num_layers":
-                    number: dict[str, Any] = {name: other}
-                    yield replace(candidate, **number)
-                elif other < candidate.num_layers:
-                    for drop in itertools.combinations(range(len(kinds)), candidate.num_layers - other):
-                        yield replace(candidate, num_layers=other, attention=_without(kinds, drop))
-                else:
-                    for i in range(len(kinds) + 1):
-                        for kind in self.attention:
-                            more = (kind,) * (other - candidate.num_layers)
-                            yield replace(candidate, num_layers=other, attention=kinds[:i] + more + kinds[i:])
-        for i, kind in itertools.product(range(len(kinds)), self.attention):
-            yield replace(candidate, attention=(*kinds[:i], kind, *kinds[i + 1 :]))
 
     # --- plain description ---
 
@@ -325,29 +190,3 @@ class Space:
         return cls(choices={name: tuple(values) for name, values in choices.items()},
                    attention=tuple(plain.get("attention", KINDS)), fixed=dict(plain.get("fixed", {})),
                    limits=Limits(**plain.get("limits", {})))  # fmt: skip
-
-
-def _without(kinds: tuple[AttentionKind, ...], drop: Sequence[int]) -> tuple[AttentionKind, ...]:
-    return tuple(kind for i, kind in enumerate(kinds) if i not in drop)
-
-
-def _check_choices(choices: Mapping[str, tuple[int, ...]]) -> None:
-    for name in NUMBERS:
-        values = choices.get(name)
-        if values is None:
-            raise ValueError(f"space.{name} is missing; give the list of what it may be")
-        if not values:
-            raise ValueError(f"space.{name} is empty; give at least one value")
-        if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 1]:
-            raise ValueError(f"space.{name} holds {wrong[0]!r}; expected whole numbers of at least 1")
-        if list(values) != sorted(set(values)):
-            raise ValueError(f"space.{name}={list(values)} must ascend, each value once")
-
-
-def _check_kinds(kinds: tuple[str, ...]) -> None:
-    if not kinds:
-        raise ValueError("space.attention is empty; give at least [\"full\"]")
-    if wrong := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"space.attention holds {wrong[0]!r}; expected some of {', '.join(KINDS)}")
-    if len(set(kinds)) != len(kinds):
-        raise ValueError(f"space.attention={list(kinds)} names a kind twice")

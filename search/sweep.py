@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,10 +81,12 @@ class Sweep:
     def __init__(
         self, store: Store, space: Space, plan: SweepPlan, readings: Readings, scorers: Sequence[Score],
         make_optimizer: MakeOptimizer, tick: Callable[[], None] = lambda: None,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
-        """`scorers` work side by side; each takes a candidate in flat form, with `seed` where it is scored again."""
+        """`scorers` work side by side; each takes a candidate in flat form, with `seed` where it is scored again. The optimizer
+        is asked within `turn` (search/turns.py)."""
         self.store, self.space, self.plan, self.readings = store, space, plan, readings
-        self.scorers, self.make_optimizer, self.tick = scorers, make_optimizer, tick
+        self.scorers, self.make_optimizer, self.tick, self.turn = scorers, make_optimizer, tick, turn
         self.metrics = readings.metrics()
         self.needed = plan.device_limits()
         self.forecast = Forecast(readings, self.needed)
@@ -172,8 +175,9 @@ class _Asker:
         self.optimizer = sweep.make_optimizer(sweep.space, sweep.plan, sweep.forecast.predict)
 
     def ask(self, n: int) -> Sequence[tuple[Any, Mapping[str, Any]]]:
-        self.sweep.forecast.refit()
-        return self.optimizer.ask(n)
+        with self.sweep.turn():
+            self.sweep.forecast.refit()
+            return self.optimizer.ask(n)
 
     def note(self, made: Sequence[Trial], wanted: int) -> None:
         """What the question rested on, and what is predicted of its trials."""

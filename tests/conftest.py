@@ -5,12 +5,15 @@ pytest-xdist's own `--dist loadgroup` cannot be used: from pytest 9.2 on the mar
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""Ray's workers step back behind everything else (15); beside another process of tests they would hardly run."""
 ROOT = Path(__file__).resolve().parents[1]
 
 

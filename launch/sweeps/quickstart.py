@@ -14,15 +14,14 @@ def quickstart_search() -> SweepRecipe:
 
     python launch/sweep.py --recipe quickstart_search
 
-    Times are processor time, since the same machine trains meanwhile.
+    Times are processor time, of a machine that may have other work.
     """
     recipe = quickstart()
-    assert recipe.pretrain is not None
     held_out = tuple(replace(item, max_documents=min(item.max_documents, 24), max_document_bytes=4_000)
                      for item in recipe.train.held_out)  # fmt: skip
     recipe = replace(
         recipe, name="quickstart_search", model=replace(recipe.model, num_heads=4, num_kv_heads=2, head_dim=32, window=64),
-        pretrain=replace(recipe.pretrain, steps=200), train=replace(recipe.train, held_out=held_out),
+        train=replace(recipe.train, held_out=held_out),
         launch=LaunchConfig(workers=1, threads_per_worker=1),
         evaluation=replace(recipe.evaluation, limit=40, prompts=recipe.evaluation.prompts[:1]),
     )  # fmt: skip
@@ -32,8 +31,8 @@ def quickstart_search() -> SweepRecipe:
                "num_heads": [2, 4], "num_kv_heads": [1, 2]},
         goal=GoalConfig(ttft_ms=2.5, loss=6.5),
         quality=QualityConfig(budget_tokens=20_480, calibration_sequences=32, processes=2),
-        device=DeviceConfig(prompt_tokens=192, decode_tokens=16, readings=24, more=8, max_readings=60, max_repeats=15,
-                            processor_time=True, drift=0.15, cool_s=5.0),
+        device=DeviceConfig(prompt_tokens=192, decode_tokens=16, readings=32, more=8, max_readings=80, min_repeats=20,
+                            max_repeats=80, warmup=10, processor_time=True, drift=0.2, cool_s=5.0),
         trials=40, batch=4, confirm=3, retrain=1, retrain_steps={"pretrain": 60, "midtrain": 40, "sft": 40, "qat": 16},
     )  # fmt: skip
 

@@ -15,18 +15,27 @@ Array = NDArray[np.float64]
 class GaussianProcess:
     """BoTorch's SingleTaskGP with its priors on the length scales. Inputs and answers are numpy, standardised inside."""
 
-    def __init__(self, inputs: Array, targets: Array, variances: Array, state: Mapping[str, Any] | None = None) -> None:
-        """inputs: [points, columns]; targets, variances: [points]. Fits, or takes the fitted parameters of `state`."""
-        self._columns = np.flatnonzero(inputs.std(axis=0) > 1e-9)
-        chosen = inputs[:, self._columns]
-        self._centre, self._width = chosen.mean(axis=0), chosen.std(axis=0)
+    def __init__(
+        self, inputs: Array, targets: Array, variances: Array, state: Mapping[str, Any] | None = None,
+        fitted: GaussianProcess | None = None,
+    ) -> None:  # fmt: skip
+        """inputs: [points, columns]; targets, variances: [points]. Fits, or takes the fitted parameters of `state`, or those of
+        `fitted`, which may have other points."""
+        if fitted is None:
+            self._columns = np.flatnonzero(inputs.std(axis=0) > 1e-9)
+            chosen = inputs[:, self._columns]
+            self._centre, self._width = chosen.mean(axis=0), chosen.std(axis=0)
+        else:  # its lengths are in these units; some of its points may leave a column constant
+            self._columns, self._centre, self._width = fitted._columns, fitted._centre, fitted._width
         self._level, self._scale = float(targets.mean()), max(float(targets.std()), 1e-9)
         self._inputs, self._targets, self._variances = inputs, targets, variances
         self._model = self._build()
-        if state is None:
-            self._fit()
-        else:
+        if fitted is not None:
+            self._model.load_state_dict(fitted._model.state_dict())
+        elif state is not None:
             self._model.load_state_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()})
+        else:
+            self._fit()
         self._model.eval()
 
     def _build(self) -> Any:
@@ -64,7 +73,7 @@ class GaussianProcess:
 
     def parameters_for(self, inputs: Array, targets: Array, variances: Array) -> GaussianProcess:
         """The same fitted parameters given other points, without fitting anew: for cross-validation."""
-        return GaussianProcess(inputs, targets, variances, self.state())
+        return GaussianProcess(inputs, targets, variances, fitted=self)
 
     @property
     def extra_noise(self) -> float:

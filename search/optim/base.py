@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
@@ -114,6 +116,8 @@ class Book:
     kind = ""
     retries = 0
     """How often a failed candidate may be asked again."""
+    repeats = False
+    """Whether a space that has no more is asked again, those asked least often first; else there are fewer questions."""
 
     def __init__(self, domain: Domain, goal: Goal, seed: int) -> None:
         self.domain, self.goal, self.seed = domain, goal, seed
@@ -151,7 +155,10 @@ class Book:
             if len(chosen) == n:
                 break
             self._take(self.domain.random(draw), chosen, n)
-        trials = [Trial(len(self.trials) + i, flat, key) for i, (key, flat) in enumerate(chosen.items())]
+        asked = [*chosen.items()]
+        if self.repeats and len(asked) < n:
+            asked += self._again(chosen, n - len(asked), draw)
+        trials = [Trial(len(self.trials) + i, flat, key) for i, (key, flat) in enumerate(asked)]
         self.trials += trials
         self._asked(trials)
         return [(trial.token, dict(trial.config)) for trial in trials]
@@ -206,6 +213,12 @@ class Book:
         key = self.domain.key(flat)
         if len(chosen) < n and key not in chosen and key not in self.closed():
             chosen[key] = flat
+
+    def _again(self, chosen: Mapping[str, Flat], count: int, draw: np.random.Generator) -> list[tuple[str, Flat]]:
+        known = {**{trial.key: trial.config for trial in self.trials}, **chosen}
+        times = Counter(trial.key for trial in self.trials) + Counter(chosen.keys())
+        order = sorted(known, key=lambda key: (times[key], draw.random()))
+        return [(key, known[key]) for key in itertools.islice(itertools.cycle(order), count)]
 
     def _checked(self, values: Values | None) -> dict[str, float] | None:
         if values is None:

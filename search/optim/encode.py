@@ -1,13 +1,13 @@
 """A domain as numbers: which names are sizes, which are slots of layers, which slots count, and what can be derived.
 
-Nothing is known of the names but what they hold. Names that end in an index and share their values are the slots of one
-group; other names with numbers are sizes; the rest are categories. Which slots a size leaves idle is found by asking `repair`.
-Where the names tell their role (layers, hidden, ffn, heads, kv) the size of the model is derived as well.
+Nothing is known of the names but what they hold (`search.optim.names`): slots of one group, sizes where the values are numbers,
+categories. Where the roles of the sizes are known (layers, hidden, ffn, heads, kv) the size of the model is derived as well.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.optim.base import Domain, Flat
+from search.optim.names import LARGEST_RATIO, find_idle, find_roles, is_number, slot_groups
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
-INDEXED = re.compile(r"^(.*?)[\s_.\-\[(]*(\d+)[\])]*$")
-ROLES = {"kv": r"kv", "ffn": r"ffn|ff|mlp|inter", "repeat": r"repeat", "layers": r"layer|depth|block|^n?_?l$",
-         "head_dim": r"head_?(dim|size)", "heads": r"head", "hidden": r"hidden|model|width|embed|dim|^d$"}  # fmt: skip
-"""What a name must look like to play a role, in the order in which they are tried."""
 FULL = re.compile(r"full|global|dense", re.IGNORECASE)
+MOST_PRODUCTS = 600
 ABSENT = re.compile(r"skip|none|null|identity|off|no_?att", re.IGNORECASE)
 
 
@@ -52,15 +50,15 @@ class Encoder:
         self.names = list(domain.choices)
         self.sizes = np.array([len(domain.choices[name]) for name in self.names])
         self._index = [{_hashable(value): i for i, value in enumerate(domain.choices[name])} for name in self.names]
-        self.slot_groups = _slot_groups(domain)
+        self.slot_groups = slot_groups(domain)
         slots = {i for group in self.slot_groups for i in group}
         self.numeric = [i for i, name in enumerate(self.names)
-                        if i not in slots and all(_is_number(value) for value in domain.choices[name])]  # fmt: skip
+                        if i not in slots and all(is_number(value) for value in domain.choices[name])]  # fmt: skip
         self.categories = [i for i in range(len(self.names)) if i not in slots and i not in self.numeric]
         draw = np.random.default_rng(seed)
-        self._active = [self._find_idle(group, draw) for group in self.slot_groups]
+        self._active = [find_idle(domain, self.decode, group, self.numeric, draw) for group in self.slot_groups]
         self.repair_is_masking = self._check_masking(draw)
-        self._roles = self._find_roles()
+        self._roles = find_roles(domain, self.numeric, next((found[0] for found in self._active if found is not None), None))
 
     # --- codes ---
 
@@ -90,42 +88,6 @@ class Encoder:
         column, table = found
         return table[codes[:, column]]
 
-    # --- finding out ---
-
-    def _find_idle(self, group: list[int], draw: np.random.Generator) -> tuple[int, NDArray[np.bool_]] | None:
-        """(column of the size that decides, [its values, slots] active); None where all slots always count."""
-        if self.domain.repair is None:
-            return self._guess_idle(group)
-        for column in self.numeric:
-            tables = [self._probe(group, column, draw) for _ in range(3)]
-            if not tables[0].all() and all((table == tables[0]).all() for table in tables):
-                # Another size may decide and just have been equal in the probes: only one that varies is taken.
-                if len({tuple(row) for row in tables[0].tolist()}) > 1:
-                    return column, tables[0]
-        return None
-
-    def _probe(self, group: list[int], column: int, draw: np.random.Generator) -> NDArray[np.bool_]:
-        table = np.ones((self.sizes[column], len(group)), dtype=bool)
-        for value in range(self.sizes[column]):
-            code = draw.integers(self.sizes)
-            code[column] = value
-            for at, slot in enumerate(group):
-                seen = set()
-                for kind in range(self.sizes[slot]):
-                    code[slot] = kind
-                    seen.add(self.domain.key(self.decode(code)))
-                table[value, at] = len(seen) > 1
-        return table
-
-    def _guess_idle(self, group: list[int]) -> tuple[int, NDArray[np.bool_]] | None:
-        for column in self.numeric:
-            values = list(self.domain.choices[self.names[column]])
-            steps = np.diff(values)
-            named = re.search(ROLES["layers"], self.names[column], re.IGNORECASE)
-            if max(values) == len(group) and min(values) >= 1 and (named or (len(values) > 1 and (steps == 1).all())):
-                return column, np.arange(len(group)) < np.array(values)[:, None]
-        return None
-
     def _check_masking(self, draw: np.random.Generator) -> bool:
         """Whether repair does nothing but clear idle slots: then candidates can be compared by their codes alone."""
         if self.domain.repair is None:
@@ -133,18 +95,9 @@ class Encoder:
         codes = draw.integers(self.sizes, size=(100, len(self.names)))
         return bool((self.encode([self.decode(code) for code in codes]) == self.mask(codes)).all())
 
-    def _find_roles(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for column in self.numeric:
-            name = self.names[column].lower()
-            role = next((role for role, pattern in ROLES.items() if re.search(pattern, name)), None)
-            if role is not None and role not in found:
-                found[role] = column
-        return found if {"kv", "ffn", "layers", "heads", "hidden"} <= set(found) else {}
-
     @property
     def knows_size(self) -> bool:
-        """Whether the names say enough to tell how large a model is."""
+        """Whether names and values say enough to tell how large a model is."""
         return bool(self._roles)
 
     # --- features ---
@@ -196,19 +149,21 @@ class Encoder:
             there = [i for i, kind in enumerate(kinds) if not ABSENT.search(str(kind))]
             attended = counts[:, there].sum(axis=1) * of.get("repeat", 1.0)
         head = of.get("head_dim", np.full(len(codes), 64.0))
-        ffn = 3 * of["layers"] * of["hidden"] * of["ffn"]
+        width = of["ffn"] * (of["hidden"] if of["ffn"].max(initial=0) <= LARGEST_RATIO else 1.0)
+        ffn = 3 * of["layers"] * of["hidden"] * width
         attention = 2 * attended * of["hidden"] * head * (of["heads"] + of["kv"])
         total = np.log(ffn + attention)
         return np.stack([total, np.log1p(attention / ffn), np.log(of["hidden"] / of["layers"])], axis=1)
 
     def _work(self, numbers: Array, counts: Array) -> Array:
-        """Every product of at most three sizes and counts, each scaled to 1 at the largest."""
+        """Every product of at most three sizes and counts, each scaled to 1 at the largest; of fewer where those are many."""
         tops = [float(max(self.domain.choices[self.names[i]])) or 1.0 for i in self.numeric]
         sizes = np.abs(numbers) / np.array(tops) if tops else numbers
         slots = np.array([len(group) for group in self.slot_groups for _ in range(self.sizes[group[0]])], dtype=np.float64)
         base = np.hstack([np.ones((len(numbers), 1)), sizes, counts / slots if len(slots) else counts])
-        triples = np.array(list(itertools.combinations_with_replacement(range(base.shape[1]), 3)))
-        return base[:, triples].prod(axis=2)
+        degree = next((degree for degree in (3, 2) if math.comb(base.shape[1] + degree - 1, degree) <= MOST_PRODUCTS), 1)
+        products = np.array(list(itertools.combinations_with_replacement(range(base.shape[1]), degree)))
+        return base[:, products].prod(axis=2)
 
 
 def _run_features(lacking: NDArray[np.bool_], has: NDArray[np.bool_]) -> Array:
@@ -236,19 +191,6 @@ def _by_feature(runs: Array) -> Array:
         return runs
     order = [start + i for part in ((0, 1), (2, 3, 4, 5)) for start in range(0, runs.shape[1], 6) for i in part]
     return runs[:, order]
-
-
-def _slot_groups(domain: Domain) -> list[list[int]]:
-    """Columns of three or more names that differ by their index only and share their values, in the order of the index."""
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for column, (name, values) in enumerate(domain.choices.items()):
-        if (match := INDEXED.match(name)) and 1 < len(values) <= 8:
-            found.setdefault((match[1], str(list(values))), []).append((int(match[2]), column))
-    return [[column for _, column in sorted(group)] for group in found.values() if len(group) >= 3]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _columns(parts: Sequence[Array], rows: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -61,23 +62,28 @@ class Pool:
 
     def mutate(self, parents: Codes) -> Codes:
         """One to three changes each: a step of a size, another kind in a slot, two neighbouring slots swapped."""
-        children = parents.copy()
-        sizes = self.encoder.sizes
+        children, draw, sizes = parents.copy(), self.draw, self.encoder.sizes
         movable = np.flatnonzero(sizes > 1)
-        slots = {column for group in self.encoder.slot_groups for column in group}
-        stepped = [column for column in movable if column not in slots]
-        for child in children:
-            for _ in range(1 + self.draw.binomial(2, 0.4)):
-                column = self.draw.choice(stepped) if stepped and self.draw.random() < 0.5 else self.draw.choice(movable)
-                if column in slots or column in self.encoder.categories or self.draw.random() < 0.2:
-                    child[column] = self.draw.integers(sizes[column])
-                else:
-                    step = self.draw.choice((-2, -1, 1, 2), p=(0.15, 0.35, 0.35, 0.15))
-                    child[column] = np.clip(child[column] + step, 0, sizes[column] - 1)
-            if self.encoder.slot_groups and self.draw.random() < 0.3:
-                group = self.encoder.slot_groups[self.draw.integers(len(self.encoder.slot_groups))]
-                at = self.draw.integers(len(group) - 1)
-                child[[group[at], group[at + 1]]] = child[[group[at + 1], group[at]]]
+        if not len(movable) or not len(parents):
+            return children
+        jumps = np.isin(np.arange(len(sizes)), [*itertools.chain(*self.encoder.slot_groups), *self.encoder.categories])
+        slots = set(itertools.chain(*self.encoder.slot_groups))
+        stepped = np.array([column for column in movable if column not in slots], dtype=np.intp)
+        changes = 1 + draw.binomial(2, 0.4, size=len(parents))
+        for turn in range(3):
+            rows = np.flatnonzero(changes > turn)
+            columns = movable[draw.integers(len(movable), size=len(rows))]
+            if len(stepped):
+                columns = np.where(draw.random(len(rows)) < 0.5, stepped[draw.integers(len(stepped), size=len(rows))], columns)
+            step = draw.choice((-2, -1, 1, 2), p=(0.15, 0.35, 0.35, 0.15), size=len(rows))
+            near = np.clip(children[rows, columns] + step, 0, sizes[columns] - 1)
+            jump = jumps[columns] | (draw.random(len(rows)) < 0.2)
+            children[rows, columns] = np.where(jump, draw.integers(sizes[columns]), near)
+        if self.encoder.slot_groups:
+            for row in np.flatnonzero(draw.random(len(children)) < 0.3):
+                group = self.encoder.slot_groups[draw.integers(len(self.encoder.slot_groups))]
+                at = draw.integers(len(group) - 1)
+                children[row, [group[at], group[at + 1]]] = children[row, [group[at + 1], group[at]]]
         return children
 
     def cross(self, parents: Codes) -> Codes:

@@ -53,7 +53,8 @@ class Surrogate:
         self, scaler: Scaler, table: Table, targets: Array, variances: Array | None = None,
         start: Mapping[str, Any] | None = None, *, fit: bool = True,
     ) -> None:
-        """targets: [points]; variances: [points] of known noise, added to the noise that is learned. start: `parameters()`."""
+        """targets: [points]; variances: [points] of known noise, added to the noise that is learned. start: `parameters()`;
+        fit: whether they are fitted anew."""
         self._scaler = scaler
         self._dense, self._main, self._groups = scaler.dense(table), scaler.main(table), scaler.groups(table)
         self._level, self._scale = float(np.mean(targets)), max(float(np.std(targets)), 1e-9)
@@ -105,15 +106,17 @@ class Surrogate:
     def _fit(self) -> float:
         def loss(flat: Array) -> tuple[float, Array]:
             values = torch.tensor(flat, requires_grad=True)
-            factor, info = torch.linalg.cholesky_ex(self._covariance(values))
+            covariance, prior = self._covariance(values), self._log_prior(values)
+            factor, info = torch.linalg.cholesky_ex(covariance.detach())
             if info.item():
                 return 1e10, np.zeros_like(flat)
             solved = torch.cholesky_solve(self._targets[:, None], factor)[:, 0]
             likelihood = -0.5 * self._targets @ solved - factor.diagonal().log().sum()
-            negative = -(likelihood + self._log_prior(values))
-            negative.backward()
+            # The gradient in the covariance in closed form (eq. 5.9): half the time of going back through the factorisation.
+            slope = 0.5 * (torch.cholesky_inverse(factor) - torch.outer(solved, solved))
+            torch.autograd.backward([covariance, prior], [slope, torch.tensor(-1.0, dtype=prior.dtype)])
             assert values.grad is not None
-            return float(negative.detach()), values.grad.numpy()
+            return -float(likelihood + prior.detach()), values.grad.numpy()
 
         bounds = [(start - 6, start + 6) for start in self._start()]
         found = minimize(loss, self._values, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
@@ -131,6 +134,11 @@ class Surrogate:
 
     def _parts(self, table: Table) -> Parts:
         return self._scaler.dense(table), self._scaler.main(table), self._scaler.groups(table)
+
+    @property
+    def noise_variance(self) -> float:
+        """Learned, in the targets' unit squared."""
+        return float(np.exp(self._values[0])) * self._scale**2
 
     def predict(self, table: Table) -> tuple[Array, Array]:
         """Mean and standard deviation [candidates] of the function, without noise."""

@@ -22,8 +22,10 @@ ROUNDS = 3
 class WorkModel:
     """Of positive values; fitted on construction. Everything it says is about the log of the value."""
 
-    def __init__(self, scaler: Scaler, table: Table, values: Array, start: Mapping[str, Any] | None = None) -> None:
-        """table: of the readings; values: [readings] > 0."""
+    def __init__(
+        self, scaler: Scaler, table: Table, values: Array, start: Mapping[str, Any] | None = None, *, fit: bool = True
+    ) -> None:
+        """table: of the readings; values: [readings] > 0; start, fit: as of `Surrogate`."""
         variances = np.full(len(values), 1e-4)
         self._floor = 0.3 * float(values.min())
         self._weights = fit_linear(table.work, values, variances)
@@ -37,7 +39,7 @@ class WorkModel:
         spread = robust_spread(residual)
         # A reading far off (another program ran) keeps its place in the data but loses its weight.
         off = np.abs(residual - np.median(residual)) > np.maximum(4 * spread, 0.03)
-        self._process = Surrogate(scaler, table, residual, np.where(off, residual**2, 0.0), start)
+        self._process = Surrogate(scaler, table, residual, np.where(off, residual**2, 0.0), start, fit=fit)
 
     def parameters(self) -> dict[str, Any]:
         """To start the next fit from."""

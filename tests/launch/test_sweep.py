@@ -181,6 +181,6 @@ def test_a_supernet_is_a_second_source_of_quality(tmp_path):
     [folder] = (tmp_path / "picks").iterdir()
     trial = int(folder.name.removeprefix("trial-"))
     [point] = [point for point in front if point["trial"] == trial]
-    config = load_model(folder).config
+    config = load_model(folder).model.config
     shape = {name: getattr(config, name) for name in ("num_layers", "hidden_size", "ffn_size")}
     assert shape.items() <= point["candidate"].items()

@@ -22,7 +22,7 @@ def test_the_recipe_says_how_short_a_training_may_be():
     assert sweep.comparable()["quality"]["short_tokens"] == 128
     with pytest.raises(InputError, match="short_tokens 512 is no shorter than quality.budget_tokens 512"):
         load_sweep("smoke_search", {"quality.short_tokens": "512"})
-    with pytest.raises(InputError, match="with quality.source supernet, which trains none"):
+    with pytest.raises(InputError, match="with quality.source supernet, which trains no candidate"):
         load_sweep("smoke_search", {"quality.short_tokens": "128", "quality.source": "supernet"})
     with pytest.raises(InputError, match="with optimizer tpe, which would take a predicted loss for a measured one"):
         load_sweep("smoke_search", {"quality.short_tokens": "128", "optimizer": "tpe"})

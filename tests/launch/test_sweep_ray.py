@@ -15,9 +15,11 @@ import ray
 
 from launch.config import LaunchConfig
 from launch.ray_head import shared_cluster
+from launch.search_quality import PrunedTraining
 from launch.sweep_config import DeviceConfig, GoalConfig, QualityConfig, SweepRecipe, save_sweep
 from launch.sweep_score import CandidateScorer
 from search.devices import MeasureRequest, open_device
+from stages.config import OptimConfig
 from stages.errors import InputError
 from tests.helpers.pruned_training import pruned_training
 from tests.helpers.stage_jobs import MODEL, pretrain_job, run_job
@@ -44,9 +46,15 @@ def test_a_search_of_one_worker_starts_no_head(monkeypatch):
         assert "RAY_ADDRESS" not in os.environ and not ray.is_initialized()
 
 
+def diverging(training: PrunedTraining, workers: LaunchConfig) -> PrunedTraining:
+    assert training.recipe.pretrain is not None
+    wild = replace(training.recipe.pretrain, optim=OptimConfig(lr=1e30))
+    return replace(training, recipe=replace(training.recipe, launch=workers, pretrain=wild))
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_scoring_processes_share_one_head_and_devices_are_found_on_it(tmp_path: Path, monkeypatch):
+def test_scoring_processes_share_one_head_divergence_comes_back_as_such_and_devices_are_found(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     model = replace(MODEL, num_kv_heads=2)  # a packed file has no narrower keys than 32
     run_job(pretrain_job(tmp_path, steps=30, lr=1e-2, model=model))
@@ -79,6 +87,9 @@ def test_scoring_processes_share_one_head_and_devices_are_found_on_it(tmp_path: 
             over.set()
             watcher.join()
         drivers = {job["DriverPid"] for job in ray._private.state.jobs()}
+        quality = diverging(training, workers)(model, 4 * 32 * 6, 0)
+        assert quality.status == "infeasible" and "nan" in quality.reason, quality.reason
+        assert quality.start_loss is None and quality.seconds > 0
         with pytest.raises(InputError, match="processes=3 trainings of 2 workers need 3 CPUs at once, the cluster has 2"):
             with shared_cluster(workers, 3):
                 pass
@@ -86,7 +97,8 @@ def test_scoring_processes_share_one_head_and_devices_are_found_on_it(tmp_path: 
         assert phone.name == "ray:model:oneplus_12" and phone.fidelity == "analytic"
         with pytest.raises(ValueError, match="no node has a resource 'bench', the cluster has none; start that node with"):
             open_device("ray://bench/local")
-        assert phone.measure(MeasureRequest(model=_packed(tmp_path), prompt_tokens=16, decode_tokens=4))["samples"]
+        measured = phone.measure(MeasureRequest(model=_packed(tmp_path), prompt_tokens=16, decode_tokens=4))
+        assert measured["time_to_first_token_ms"] > 0
     assert all(0 < score["loss"] < score["start_loss"] < 6 for score in scores)
     assert scores[0]["loss"] != scores[1]["loss"] and len(drivers) >= 3, "this process, and each scorer's training"
     assert max(most) == 1 and "RAY_ADDRESS" not in os.environ and not ray.is_initialized()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +15,7 @@ pytest.importorskip("botorch")
 
 from benchmarks._flash_like import REFERENCE, SLOTS, VARIANTS  # noqa: E402
 from benchmarks.search_front import Noise, run  # noqa: E402
-from search.bench_adapter import READINGS, factory  # noqa: E402
+from search.bench_adapter import READINGS, BenchSearch, factory  # noqa: E402
 
 PROBLEM = VARIANTS["flash"]
 
@@ -71,7 +74,157 @@ def test_finds_most_of_the_front_in_few_evaluations() -> None:
     assert plain["shares"][50] < 0.6
 
 
-def test_readings_that_make_no_sense_are_refused_not_learned() -> None:
-    search = factory(PROBLEM.space, REFERENCE, 0, lambda config: float("nan"), PROBLEM.repair)
-    with pytest.raises(ValueError, match="usable latency readings"):
-        search.ask(1)
+SLOTTED = {"depth": [3, 4, 5, 6], "w": [32, 64, 96, 128], **{f"s{i}": ["full", "window", "skip"] for i in range(6)}}
+SMALL: dict[str, dict[str, list[Any]]] = {
+    "sizes only": {"a": [1, 2, 3, 4], "b": [10, 20, 30], "c": [5, 6, 7, 8]},
+    "one name": {"a": list(range(60))},
+    "two values each": {f"x{i}": [0, 1] for i in range(7)},
+    "text": {"a": ["p", "q", "r"], "b": ["u", "v"], "c": list("abcdefgh")},
+    "anything": {"a": [None, 1, 2.5], "b": ["u", 3], "c": [(1, 2), (3, 4)], "d": [[1], [2]], "e": [True, False], "f": [-1, 0]},
+    "text in a row": {name: ["x", "y", "z"] for name in "pqrst"},
+    "slots with one value": {"depth": [2, 3], **{f"s{i}": ["full"] for i in range(4)}, "z": list(range(40))},
+}
+
+
+def made_up(config: dict[str, Any]) -> dict[str, float]:
+    """Some values for anything; the same for the same."""
+    digits = [sum(map(ord, str(value))) % 7 for value in config.values()]
+    return {"loss": 0.3 + 0.05 * sum(digits) / len(digits), "ttft": 1 + 0.3 * digits[0] + 0.1 * sum(digits) / len(digits)}
+
+
+def play(
+    search: BenchSearch, total: int, batch: int = 8, answer: Callable[[int, dict[str, Any]], Any] = lambda at, c: made_up(c)
+) -> list[dict[str, Any]]:
+    """Configs in the order in which they were asked; each batch is told backwards."""
+    asked: list[dict[str, Any]] = []
+    while len(asked) < total:
+        batch_asked = search.ask(batch)
+        assert len(batch_asked) == batch
+        for token, config in reversed(batch_asked):
+            search.tell(token, answer(token, config))
+        asked += [config for _, config in batch_asked]
+    return asked
+
+
+def distinct(configs: list[dict[str, Any]]) -> int:
+    return len({str(sorted(config.items(), key=lambda item: item[0])) for config in configs})
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_any_space_is_searched_without_repeating_and_over_again_when_there_is_no_more(name: str) -> None:
+    space = SMALL[name]
+    readings: list[float] = []
+
+    def measure(config: dict[str, Any]) -> float:
+        readings.append(made_up(config)["ttft"])
+        return readings[-1]
+
+    size = math.prod(len(values) for values in space.values())
+    search = factory(space, REFERENCE, 0, measure)
+    asked = play(search, 24)
+    assert distinct(asked) == 24 and all(list(config) == list(space) for config in asked)
+    assert all(config[key] in space[key] for config in asked for key in space)
+    assert len(readings) == search.readings <= READINGS
+    if size <= 40:
+        assert distinct(asked + play(search, 2 * size)) == size
+
+
+def test_a_space_of_one_candidate() -> None:
+    assert play(factory({"a": [1]}, REFERENCE, 0, lambda config: 1.0), 16, batch=4) == [{"a": 1}] * 16
+
+
+def _new(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: "full" if name[0] == "s" and int(name[1:]) >= config["depth"] else value for name, value in config.items()}
+
+
+def _dropping(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name[0] != "s" or int(name[1:]) < config["depth"]}
+
+
+def _in_place(config: dict[str, Any]) -> None:
+    config.update(_new(config))
+
+
+def _emptying(config: dict[str, Any]) -> dict[str, Any]:
+    return {**dict.fromkeys(config), **_dropping(config), "more": 1}
+
+
+def _raising(config: dict[str, Any]) -> dict[str, Any]:
+    if config["s0"] == "skip":
+        raise RuntimeError("no such model")
+    return _new(config)
+
+
+def _changing_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    return {**_new(config), "w": min(config["w"], 32 * config["depth"] - 64)}
+
+
+@pytest.mark.parametrize("repair", [_new, _dropping, _in_place, _emptying, _raising, _changing_sizes])
+def test_whatever_repair_does(repair: Callable[[dict[str, Any]], Any]) -> None:
+    asked = play(factory(SLOTTED, REFERENCE, 0, None, repair), 24)
+    assert all(list(config) == list(SLOTTED) for config in asked)
+    # None of them is the same model as another.
+    assert distinct([config if config["s0"] == "skip" and repair is _raising else _new(config) for config in asked]) == 24
+
+
+def test_most_evaluations_fail_and_some_answers_are_no_numbers() -> None:
+    space = {**SLOTTED, "w": list(range(16, 129, 8))}
+
+    def answer(at: int, config: dict[str, Any]) -> dict[str, float] | None:
+        if at % 9 == 0:
+            return {"loss": float("nan"), "ttft": float("inf")}
+        size, skips = config["depth"] * config["w"], sum(value == "skip" for value in config.values())
+        fits = size < 240 and at >= 20
+        return {"loss": 0.2 + 0.2 * (200 / size) ** 0.5 + 0.01 * skips, "ttft": size / 100 - 0.1 * skips} if fits else None
+
+    asked = play(factory(space, REFERENCE, 0, None, _new), 72, answer=answer)
+    assert distinct(asked) == 72
+    draw = np.random.default_rng(0)
+    anything = [{name: values[draw.integers(len(values))] for name, values in space.items()} for _ in range(400)]
+    small, usual = ([config["depth"] * config["w"] < 240 for config in configs] for configs in (asked[-40:], anything))
+    # What can succeed is learned from what did not.
+    assert np.mean(usual) < 0.4 and np.mean(small) > np.mean(usual) + 0.15
+
+
+@pytest.mark.parametrize(("scale", "reference"), [(1e-3, 0.6), (100.0, 0.6), (100.0, 0.1)])
+def test_any_unit_of_loss_and_a_reference_that_nothing_meets(scale: float, reference: float) -> None:
+    point = {"loss": reference * scale, "ttft": 4.0 * scale}
+    values = SMALL["sizes only"] | {"d": [1, 2, 3, 4]}
+    asked = play(factory(values, point, 1), 32, answer=lambda at, c: {k: v * scale for k, v in made_up(c).items()})
+    losses = [made_up(config)["loss"] for config in asked]
+    everything = [made_up(dict(zip(values, each, strict=True))) for each in itertools.product(*values.values())]
+    # Also where nothing is good enough it goes towards what is.
+    assert np.mean(losses[16:]) < np.mean([value["loss"] for value in everything])
+
+
+def test_a_clock_that_fails_now_and_then() -> None:
+    draw = np.random.default_rng(0)
+    noise = Noise(PROBLEM, 0, 0.0)
+
+    def measure(config: dict[str, Any]) -> Any:
+        seconds, kind = noise.measure_latency(config), draw.integers(12)
+        if kind == 0:
+            raise OSError("device lost")
+        return {1: float("nan"), 2: -1.0, 3: None, 4: "slow", 5: float("inf"), 6: 3 * seconds}.get(int(kind), seconds)
+
+    search = factory(PROBLEM.space, REFERENCE, 0, measure, PROBLEM.repair)
+    asked = play(search, 24, answer=lambda at, config: noise.evaluate(config))
+    assert search.readings == noise.readings <= READINGS
+    assert np.mean([PROBLEM.evaluate(config)[0] < REFERENCE["ttft"] for config in asked]) > 0.9
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), 0.0])
+def test_a_clock_that_never_works_is_given_up(seconds: float) -> None:
+    calls = itertools.count()
+    search = factory(SLOTTED, REFERENCE, 0, lambda config: seconds if next(calls) >= 0 else 1.0, _new)
+    assert distinct(play(search, 24)) == 24
+    assert next(calls) == search.readings <= READINGS
+
+
+def test_questions_one_by_one_and_many_open() -> None:
+    search = factory(SLOTTED, REFERENCE, 0, None, _new)
+    assert distinct(play(search, 14, batch=1)) == 14
+    open_ones = search.ask(16) + search.ask(5)
+    assert distinct([config for _, config in open_ones]) == 21
+    with pytest.raises(ValueError, match="lacks ttft"):
+        search.tell(open_ones[0][0], {"loss": 1.0})

@@ -15,6 +15,7 @@ from modeling.config import ModelConfig  # noqa: E402
 from search.devices.modelled import Profile, Shape, load_profile, operation_times  # noqa: E402
 from search.latency import acquire, features, transfer  # noqa: E402
 from search.latency.gates import errors  # noqa: E402
+from search.latency.gaussian import GaussianProcess  # noqa: E402
 from search.latency.model import LatencyModel  # noqa: E402
 from search.latency.reading import MIN_READINGS, Key, Reading  # noqa: E402
 from search.space import Space  # noqa: E402
@@ -200,3 +201,15 @@ def test_uneven_threads_are_panels_that_cannot_be_shared_out() -> None:
     waste = [features.features(config, "ttft", 512, threads)["uneven_threads_gflop"] for threads in (1, 2, 4)]
     # Of 1056, 256, 192 and 256 rows only the first are no multiple of 4 panels: 32 rows lack.
     assert waste == [0, 0, pytest.approx(2e-9 * 512 * 32 * 256 * config.num_layers)]
+
+
+def test_points_that_leave_a_column_constant_are_predicted_with_the_parameters_of_all():
+    """A fold of cross-validation may hold the only reading that differs in something."""
+    inputs = np.c_[np.linspace(0, 1, 12), np.zeros(12)]
+    inputs[5, 1] = 1.0
+    whole = GaussianProcess(inputs, np.sin(3 * inputs[:, 0]) + inputs[:, 1], np.full(12, 1e-6))
+    rest = np.arange(12) != 5
+    fold = whole.parameters_for(inputs[rest], np.sin(3 * inputs[rest, 0]), np.full(11, 1e-6))
+    mean, deviation = fold.predict(inputs)
+    assert np.allclose(mean[rest], np.sin(3 * inputs[rest, 0]), atol=0.05)
+    assert deviation[5] > 3 * deviation[rest].max(), "what it has not seen it is unsure of"

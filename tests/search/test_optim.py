@@ -17,8 +17,9 @@ from search.optim import hypervolume as hv  # noqa: E402
 from search.optim.base import Book, Domain, Goal  # noqa: E402
 from search.optim.catalog import KINDS, make_optimizer  # noqa: E402
 from search.optim.encode import Encoder  # noqa: E402
+from search.optim.metrics import compress  # noqa: E402
 from search.optim.pool import Pool, best_layers, undominated  # noqa: E402
-from search.optim.staged import Settings, compress  # noqa: E402
+from search.optim.staged import Settings  # noqa: E402
 from search.optim.surrogate import Scaler, Surrogate  # noqa: E402
 from search.optim.work import WorkModel  # noqa: E402
 from search.space import Space  # noqa: E402

@@ -88,7 +88,7 @@ def test_a_run_that_goes_on_logs_what_its_files_lack_and_nothing_twice(tmp_path,
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])  # as a kill leaves it
     held = [row["step"] for row in logged(tmp_path)]
-    assert held == list(range(1, len(held) + 1)) and (share in (0, 1) or 3 < len(held) < 15)
+    assert held == list(range(1, len(held) + 1)) and (share in (0, 1) or 0 < len(held) < 15)
     write_steps(tmp_path, range(1, 18))
     rows = logged(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 18)) and all(row["loss"] == 1 / row["step"] for row in rows)
