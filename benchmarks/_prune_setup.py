@@ -21,8 +21,32 @@ BACKBONE = ModelConfig(
 )  # fmt: skip
 """Small, so that training from scratch can afford to get past its first plateau: before that, losses tell how soon a shape
 leaves it (shallow ones first), not what it can learn. At 1.2M parameters 200k tokens were too few (docs/pruning.md)."""
-BATCH, LENGTH = 4, 128
+BATCH, LENGTH = 8, 128
 STEP_TOKENS = BATCH * LENGTH
+
+
+@dataclass(frozen=True)
+class ShortRecipe:
+    """How a pruned candidate is trained before it is scored."""
+
+    rate: float
+    """Peak learning rate as a share of that of training from scratch."""
+    longer: float = 1.0
+    """Times as many steps."""
+    distill: float = 0.0
+    """Weight of the backbone's KL term."""
+
+    def steps(self, base: int) -> int:
+        return max(1, round(base * self.longer))
+
+
+SHORT = {
+    "rate 1": ShortRecipe(1.0),
+    "rate 1/2": ShortRecipe(0.5),
+    "rate 1, taught by the backbone": ShortRecipe(1.0, distill=0.5),
+    "rate 1, twice as long": ShortRecipe(1.0, longer=2.0),
+}
+"""By name; the first is what `launch/sweep.py` does: the rate of its recipe's stage, no teacher."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +57,14 @@ class Setup:
     folder: Path
     importance: str
 
-    def pruned(self, **changes: object) -> PrunedTraining:
-        """Inherit and train on, at half the peak rate of training from scratch."""
+    def short(self, recipe: ShortRecipe, **changes: object) -> PrunedTraining:
+        """Inherit and train on as `recipe` says; `changes` are fields of `PrunedTraining`."""
         stage = self.recipe.pretrain
         assert stage is not None
-        gentle = replace(stage, optim=replace(stage.optim, lr=stage.optim.lr / 2))
-        training = PrunedTraining(recipe=replace(self.recipe, pretrain=gentle), backbone=str(self.folder / "backbone"),
-                                  importance=self.importance, folder=str(self.folder / "trials"))  # fmt: skip
+        stage = replace(stage, optim=replace(stage.optim, lr=stage.optim.lr * recipe.rate))
+        training = PrunedTraining(recipe=replace(self.recipe, pretrain=stage), backbone=str(self.folder / "backbone"),
+                                  importance=self.importance, folder=str(self.folder / "trials"),
+                                  distill_weight=recipe.distill)  # fmt: skip
         return replace(training, **changes)  # type: ignore[arg-type]
 
     def scratch(self) -> PrunedTraining:
@@ -53,7 +78,7 @@ def tiny_recipe(threads: int) -> Recipe:
     stage = replace(
         base.pretrain, seq_len=LENGTH, global_batch=BATCH, steps=1,
         data=replace(base.pretrain.data, held_out_fraction=0.05),
-        optim=OptimConfig(lr=6e-3, schedule="cosine", warmup_steps=40, min_lr_ratio=0.1),
+        optim=OptimConfig(lr=1e-2, schedule="cosine", warmup_steps=50, min_lr_ratio=0.1),
     )  # fmt: skip
     held_out = tuple(replace(item, max_documents=24, max_document_bytes=4_000) for item in base.train.held_out
                      if item.name == "pretrain")  # fmt: skip

@@ -4,7 +4,8 @@
 
 Three supernets of the same largest model are trained on the same rows, each step on the largest, the smallest and two random
 architectures: plain sharing, layer-wise and neuron-wise mixtures of two experts. Printed for each: Kendall's tau between the
-candidates' held-out loss with the supernet's weights and after training from scratch, and the mean gap between the two.
+candidates' held-out loss with the supernet's weights and after training from scratch (and its standard error over candidates),
+the mean loss of the candidates, its gap to that from scratch, and the loss of the largest and the smallest architecture.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ ROUTINGS = ("plain", "layer", "neuron")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=20)
-    parser.add_argument("--scratch-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=1000, help="of each supernet")
+    parser.add_argument("--scratch-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=600, help="of each supernet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep everything here; default: a temporary folder")
@@ -46,6 +47,7 @@ def main() -> int:
 
 def measure(folder: Path, options: argparse.Namespace) -> list[str]:
     from benchmarks import _prune_setup as tiny
+    from benchmarks._prune_tables import jackknife
     from data_pipeline.held_out import held_out_texts
     from data_pipeline.prepare import ensure_tokenizer, prepare_stage
     from launch.search_quality import PrunedTraining, SupernetQuality
@@ -71,7 +73,8 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
 
     lines = [f"{key}: {value}" for key, value in train_step.conditions().items()]
     lines += ["", f"{options.steps} steps of 4 architectures, {options.candidates} candidates against "
-                  f"{options.scratch_steps} steps from scratch", "  routing   tau    loss   gap   seconds"]  # fmt: skip
+                  f"{options.scratch_steps} steps from scratch, mean loss {statistics.mean(losses):.3f}",
+                  "  routing    tau          loss    gap largest smallest seconds"]  # fmt: skip
     for routing in ROUTINGS:
         clock = time.perf_counter()
         supernet = Supernet(tiny.BACKBONE, routing)  # type: ignore[arg-type]
@@ -82,9 +85,10 @@ def measure(folder: Path, options: argparse.Namespace) -> list[str]:
         save_supernet(supernet, saved, tokens=options.steps * tiny.STEP_TOKENS, tokenizer=tokenizer)
         quality = SupernetQuality(supernet=str(saved), texts=heads)
         found = [quality(candidate, 0, 0).loss for candidate in candidates]
+        ends = [quality(candidate, 0, 0).loss for candidate in (tiny.BACKBONE, smallest)]
         gap = statistics.mean(one - other for one, other in zip(found, losses, strict=True))
-        lines.append(f"  {routing:<8}{kendall_tau(found, losses):>6.2f}{statistics.mean(found):>8.3f}{gap:>7.3f}"
-                     f"{seconds:>8.0f}")
+        lines.append(f"  {routing:<8}{kendall_tau(found, losses):>6.2f} ({jackknife(found, losses):.2f})"
+                     f"{statistics.mean(found):>8.3f}{gap:>7.3f}{ends[0]:>8.3f}{ends[1]:>9.3f}{seconds:>8.0f}")
         train_step.note(lines[-1])
     return lines
 

@@ -60,14 +60,17 @@ class Supernet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Every expert as a model of its own would be drawn; the router starts near even mixtures."""
+        """The router starts near even mixtures; experts are drawn so that such a mixture spreads as ordinary weights do.
+
+        The even mean of m independent draws has 1 / sqrt(m) of their deviation, so each is drawn sqrt(m) times as wide.
+        """
         for expert in range(self.experts):
             model = Decoder(self.largest)
             init_weights(model, seed + 1_000_003 * expert)
             for name, tensor in model.state_dict().items():
                 target = self.weights_by_name[_key(name)]
                 if name in self.matrices:
-                    target[expert] = tensor
+                    target[expert] = tensor * self.experts**0.5
                 elif expert == 0:
                     target.copy_(tensor)
         if self.router is not None:

@@ -26,7 +26,7 @@ from stages.state import code_revision, model_document, read_model, read_tokeniz
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions:
-    """How parts are chosen. The defaults are not tuned: `benchmarks/prune_ranking.py` compares the choices."""
+    """How parts are chosen. `benchmarks/prune_ranking.py` compares the choices (docs/pruning.md)."""
 
     variant: Variant = "wanda"
     """Score of channels and heads (`stages/importance.py`)."""

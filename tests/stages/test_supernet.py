@@ -65,6 +65,16 @@ def test_plain_sharing_gives_neighbours_the_same_weights_and_routing_gives_each_
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_fresh_candidate_spreads_as_an_ordinary_model_does(routing):
+    large = replace(BACKBONE, ffn_size=256, init_std=0.08)
+    weights = supernet(routing, large).extract(large)
+    residual = 0.08 / (2 * large.num_layers) ** 0.5
+    assert float(weights["blocks.0.feed_forward.up.weight"].std()) == pytest.approx(0.08, rel=0.05)
+    assert float(weights["blocks.1.feed_forward.down.weight"].std()) == pytest.approx(residual, rel=0.05)
+    assert float(weights["embed.weight"].std()) == pytest.approx(0.08, rel=0.05)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
 def test_gradients_reach_every_expert_and_the_router(routing):
     net = supernet(routing)
     module = SupernetModel(net, sandwich(BACKBONE, SMALL, lambda draw: SMALL, 0, 0))
