@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 FIND_LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) --constraint constraints.txt
 
-.PHONY: quickstart test interop lint types setup setup-dev runtime-aarch64 fuzz clean
+.PHONY: quickstart quickstart-search test interop lint types setup setup-dev runtime-aarch64 fuzz clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/uv:
@@ -34,8 +34,18 @@ $(VENV)/.ready-interop: $(VENV)/.ready-dev
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
 
+# The optimizers of the search come on top.
+$(VENV)/.ready-search: $(VENV)/.ready
+	$(UV_INSTALL) --editable '.[search]'
+	@touch $@
+
 quickstart: setup
 	$(BIN)/python launch/recipe.py --recipe quickstart --output-dir runs/quickstart --resume
+
+# Goes on where it was interrupted; a finished one only writes its page again.
+quickstart-search: $(VENV)/.ready-search
+	@if [ -f runs/quickstart_search/sweep.toml ]; then set -x; $(BIN)/python launch/sweep.py resume runs/quickstart_search; \
+	else set -x; $(BIN)/python launch/sweep.py --recipe quickstart_search --output-dir runs/quickstart_search; fi
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """A simulated sweep whose service, agents and workers are killed with -9 at random: does it come to the same end?
 
     python -m benchmarks.search_chaos --trials 200 --kills 20 --output chaos.json
+    python -m benchmarks.search_chaos --loop sweep --trials 200 --kills 20
 
 Two agents (processes on loopback, each with a simulated device), a service (process) and its two scoring workers (processes)
-do the sweep twice: undisturbed, and with kills. Exit status 1 where a trial did not end exactly once, where an accepted
-result differs, or where the optimizer was told anything else or in another order. Needs no accelerator; minutes on 2 cores.
+do the sweep twice: undisturbed, and with kills. `--loop service` (the default) has the service alone, with an optimizer that
+every answer moves; `--loop sweep` the whole search: latency stage, staged optimizer, short and full scores, confirmation.
+Exit status 1 where a trial did not end exactly once, where an accepted result differs, where the optimizer was told anything
+else or in another order, or where the front differs. Needs no accelerator; minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._chaos_outcome import compare, outcome
 from modeling.config import ModelConfig
 from search.agent.cache import ContentCache
 from search.agent.client import AgentDevice
@@ -35,9 +39,9 @@ from search.agent.server import Agent, TcpServer
 from search.agent.token import TOKEN_VARIABLE
 from search.devices.base import MeasureRequest
 from search.farm import Farm
-from search.jobs import JobQueue, violations
+from search.jobs import JobQueue
 from search.members import Member, Policy
-from search.records import Job, Results
+from search.records import TERMINAL, Job, Results
 from search.service import Measure, Service
 from search.simulated import Faults, SimulatedDevice, write_shape
 from search.store import Store
@@ -119,11 +123,15 @@ def agent_process(port: int, folder: Path) -> None:
         server.serve_forever(poll_interval=0.05)
 
 
-def service_process(folder: Path, ports: Sequence[int], trials: int) -> None:
+def service_process(folder: Path, ports: Sequence[int], trials: int, loop: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     members = [Member(AgentDevice(f"127.0.0.1:{port}")) for port in ports]
     while not all(member.alive() for member in members):  # an agent that starts, or was just killed
         time.sleep(0.1)
+    if loop == "sweep":
+        from benchmarks._chaos_sweep import sweep_process
+
+        return sweep_process(folder, members, POLICY, trials)
     plan = ChaosPlan(folder)
     sentinel = plan.measures({"num_layers": 4, "ffn_size": 1024})[0].request
     scorers = [ProcessScorer("benchmarks.search_chaos:score") for _ in range(2)]
@@ -135,9 +143,9 @@ def service_process(folder: Path, ports: Sequence[int], trials: int) -> None:
 class Circus:
     """The processes of one sweep."""
 
-    def __init__(self, folder: Path, trials: int, agents: int = 2) -> None:
+    def __init__(self, folder: Path, trials: int, agents: int = 2, loop: str = "service") -> None:
         folder.mkdir(parents=True)
-        self.folder, self.trials = folder, trials
+        self.folder, self.trials, self.loop = folder, trials, loop
         self.ports = [_free_port() for _ in range(agents)]
         self.agents = [self._start_agent(port) for port in self.ports]
         self.service = self._start_service()
@@ -152,15 +160,15 @@ class Circus:
         return self._start("agent", str(port), str(self.folder / f"agent-{port}"))
 
     def _start_service(self) -> subprocess.Popen[bytes]:
-        return self._start("service", str(self.folder), ",".join(map(str, self.ports)), str(self.trials))
+        return self._start("service", str(self.folder), ",".join(map(str, self.ports)), str(self.trials), self.loop)
 
     def done(self) -> int:
-        """Trials that have ended."""
+        """Measurements and scores that have ended."""
         if not (self.folder / "search.sqlite").exists():
             return 0
         try:
             with Store.read(self.folder / "search.sqlite") as store:
-                return sum(trial.told is not None for trial in store.trials())
+                return len(JobQueue(store).jobs(*TERMINAL))
         except ValueError:
             return 0  # just being made
 
@@ -188,14 +196,14 @@ class Circus:
             self.service = self._start_service()
         return victim
 
-    def play(self, kills: int, seed: int, limit_s: float) -> list[str]:
-        """Run to the end, with that many kills spread over the trials. Raises RuntimeError."""
+    def play(self, kills: int = 0, seed: int = 0, limit_s: float = 900.0, jobs: int = 0) -> list[str]:
+        """Run to the end, with that many kills spread over its `jobs`. Raises RuntimeError."""
         draw, killed, deadline = random.Random(seed), [], time.monotonic() + limit_s
-        points = sorted(draw.uniform(0.0, 0.8) * self.trials for _ in range(kills))
+        points = sorted(draw.uniform(0.0, 0.9) * jobs for _ in range(kills))
         try:
             while self.service.poll() is None:
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.done()} of {self.trials} trials after {limit_s:g} s; see {self.folder / 'log'}")
+                    raise RuntimeError(f"{self.done()} jobs have ended after {limit_s:g} s; see {self.folder / 'log'}")
                 if points and self.done() >= points[0]:
                     time.sleep(draw.uniform(0.0, 0.2))
                     if self.service.poll() is None and (victim := self.kill(draw)):
@@ -211,42 +219,20 @@ class Circus:
         return killed
 
 
-def outcome(folder: Path) -> dict[str, Any]:
-    """What must be equal, and what must not be."""
-    with Store.read(folder / "search.sqlite") as store:
-        queue = JobQueue(store)
-        return {
-            "trials": [[trial.number, trial.key, trial.state, trial.results] for trial in store.trials()],
-            "told": [trial.number for trial in store.told()],
-            "violations": violations(queue),
-            "open": len(queue.jobs("waiting", "running")) + len(store.trials("waiting", "running")),
-            "late_answers": len(store.events("late_answer")), "put_back": len(store.events("put_back")),
-            "jobs": len(queue.jobs()),
-        }  # fmt: skip
-
-
-def compare(calm: Mapping[str, Any], wild: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the disturbed sweep, in words."""
-    wrong = [*wild["violations"], *([f"{wild['open']} open"] if wild["open"] else [])]
-    pairs = zip(calm["trials"], wild["trials"], strict=False)
-    wrong += [f"trial {quiet[0]}: {quiet} undisturbed, {other} disturbed" for quiet, other in pairs if quiet != other]
-    if len(calm["trials"]) != len(wild["trials"]) or calm["told"] != wild["told"]:
-        wrong.append("other trials, or told in another order")
-    return wrong
-
-
-def chaos(folder: Path, trials: int, kills: int, seed: int, limit_s: float) -> dict[str, Any]:
+def chaos(folder: Path, trials: int, kills: int, seed: int, limit_s: float, loop: str = "service") -> dict[str, Any]:
     """Both sweeps; `wrong` is empty where they came to the same end."""
-    Circus(folder / "calm", trials).play(0, seed, limit_s)
-    start = time.monotonic()
-    killed = Circus(folder / "wild", trials).play(kills, seed, limit_s)
-    calm, wild = outcome(folder / "calm"), outcome(folder / "wild")
+    Circus(folder / "calm", trials, loop=loop).play(limit_s=limit_s)
+    calm, start = outcome(folder / "calm", loop), time.monotonic()
+    killed = Circus(folder / "wild", trials, loop=loop).play(kills, seed, limit_s, calm["jobs"])
+    wild = outcome(folder / "wild", loop)
     states = [trial[2] for trial in wild["trials"]]
+    counted = {name: len(wild[name]) for name in ("front", "confirmed", "short") if name in wild}
     return {
-        "trials": trials, "states": {state: states.count(state) for state in sorted(set(states))}, "jobs": wild["jobs"],
+        "loop": loop, "trials": trials, "jobs": wild["jobs"],
+        "states": {state: states.count(state) for state in sorted(set(states))},
         "kills": {victim: killed.count(victim) for victim in sorted(set(killed))},
         "seconds": round(time.monotonic() - start, 1), "put_back": wild["put_back"],
-        "late_answers": wild["late_answers"], "wrong": compare(calm, wild),
+        "late_answers": wild["late_answers"], **counted, "wrong": compare(calm, wild),
     }  # fmt: skip
 
 
@@ -260,16 +246,18 @@ def main() -> None:
     if sys.argv[1:2] == ["agent"]:
         return agent_process(int(sys.argv[2]), Path(sys.argv[3]))
     if sys.argv[1:2] == ["service"]:
-        return service_process(Path(sys.argv[2]), [int(port) for port in sys.argv[3].split(",")], int(sys.argv[4]))
+        folder, ports, trials, loop = sys.argv[2:]
+        return service_process(Path(folder), [int(port) for port in ports.split(",")], int(trials), loop)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loop", choices=["service", "sweep"], default="service")
     parser.add_argument("--limit-s", type=float, default=900.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = chaos(Path(folder), options.trials, options.kills, options.seed, options.limit_s)
+        found = chaos(Path(folder), options.trials, options.kills, options.seed, options.limit_s, options.loop)
     text = json.dumps(found, indent=2)
     print(text)
     if options.output is not None:

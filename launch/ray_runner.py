@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.ray_head import QUIET, start_head
 from stages.errors import InputError, LostWorkerError, NonFiniteError, RunError
 
 if TYPE_CHECKING:
@@ -160,22 +161,16 @@ def _cluster(launch: LaunchConfig) -> Iterator[None]:
 
     importer = threading.Thread(target=import_ray_train, name="import-ray-train")
     importer.start()
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    mine = not ray.is_initialized()  # a search that has devices in actors is connected already
+    try:
+        if not os.environ.get("RAY_ADDRESS"):
+            start_head(launch.workers * launch.cpus_per_worker, launch.workers * launch.gpus_per_worker)
+        elif mine:
+            ray.init(**QUIET)
+    finally:
+        importer.join()
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
         _check_fits(launch)
-    else:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, gone with this process
-        cpus = max(1, int(launch.workers * launch.cpus_per_worker + 0.999))
-        gpus = launch.workers * launch.gpus_per_worker
-        try:
-            ray.init(address="local", num_cpus=cpus, num_gpus=int(gpus + 0.999) or None, include_dashboard=False,
-                     object_store_memory=200 * 2**20, **quiet)
-        except Exception as error:  # ray raises bare Exception where its head does not come up in time
-            importer.join()
-            raise RunError(f"Ray's local head did not start ({str(error).strip()[:200]}); the machine may be busy: start "
-                           "again with --resume, or in this process with --launch.workers 1") from error
-    importer.join()
     try:
         from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
             get_or_create_autoscaling_coordinator,
@@ -184,7 +179,8 @@ def _cluster(launch: LaunchConfig) -> Iterator[None]:
         get_or_create_autoscaling_coordinator()
         yield
     finally:
-        ray.shutdown()
+        if mine:
+            ray.shutdown()
 
 
 def _check_fits(launch: LaunchConfig) -> None:

@@ -17,12 +17,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.config import HeldOutConfig
 from launch.config import Recipe
 from launch.rundir import write_json
 from modeling.config import ModelConfig
 from modeling.identity import config_key
 from search.quality import Quality
-from stages.config import CheckpointConfig, StageConfig, StageName, TrainConfig
+from stages.config import CheckpointConfig, StageName, TrainConfig
 from stages.errors import InputError, NonFiniteError, RunError
 
 logger = logging.getLogger(__name__)
@@ -166,15 +167,20 @@ class PrunedTraining:
         }  # fmt: skip
         return replace(recipe, **changed), steps
 
-    def _held_out_set(self) -> Any:
-        stage: StageConfig = self.recipe.stages()[self.stage]
-        names = {source.name for source in stage.data.sources}
-        sets = [item for item in self.recipe.train.held_out if set(item.sources) <= names and item.kind == stage.data.kind]
-        found = [item for item in sets if item.name == self.held_out] if self.held_out else sets
-        if not found:
-            raise InputError(f"recipe {self.recipe.name} has no held-out set {self.held_out!r} of the {self.stage} stage's "
-                             f"sources; it has {', '.join(item.name for item in sets) or 'none'}")
-        return found[0]
+    def _held_out_set(self) -> HeldOutConfig:
+        return held_out_set(self.recipe, self.stage, self.held_out)
+
+
+def held_out_set(recipe: Recipe, stage: StageName, name: str = "") -> HeldOutConfig:
+    """The set of that name, or the first, of the stage's own text. Raises InputError where there is none."""
+    config = recipe.stages()[stage]
+    sources = {source.name for source in config.data.sources}
+    sets = [item for item in recipe.train.held_out if set(item.sources) <= sources and item.kind == config.data.kind]
+    found = [item for item in sets if item.name == name] if name else sets
+    if not found:
+        raise InputError(f"recipe {recipe.name} has no held-out set {name!r} of the {stage} stage's "
+                         f"sources; it has {', '.join(item.name for item in sets) or 'none'}")
+    return found[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,10 @@
     python launch/sweep.py --recipe quickstart_search
     python launch/sweep.py --recipe flash_latency --device ssh://phone --quality.backbone RUN --output-dir runs/flash
     python launch/sweep.py status DIR              what there is
-    python launch/sweep.py resume DIR              go on, also after a kill
+    python launch/sweep.py resume DIR              go on, also after a kill; --trials N for more, --retrain K to train picks
     python launch/sweep.py export DIR --pick 3     recipes with inherited checkpoints, for launch/recipe.py --init-from
     python launch/sweep.py check DIR               does the database agree with the optimizer's state?
+    python launch/sweep.py replay DIR              does the optimizer ask the same again, given the stored answers?
 
 A search is killed and resumed at any point; its database is DIR/sweep.db.
 """
@@ -13,9 +14,10 @@ A search is killed and resumed at any point; its database is DIR/sweep.db.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from launch.sweep_config import SweepRecipe
     from search.store import Store
 
-VERBS = ("status", "resume", "export", "check")
+VERBS = ("status", "resume", "export", "check", "replay")
 
 
 def main() -> None:
@@ -37,12 +39,13 @@ def main() -> None:
         return
     parser = Parser(__doc__)
     parser.add_argument("--device", action="append", metavar="D", help="in place of the recipe's; again for more of a class")
-    parser.add_argument("--trials", metavar="N", help="in place of the recipe's")
+    for name, of in (("trials", "N"), ("retrain", "K"), ("optimizer", "NAME")):
+        parser.add_argument(f"--{name}", metavar=of, help="in place of the recipe's")
     options, overrides = parser.parse()
     from launch.sweep_config import load_sweep, save_sweep
 
-    if options.trials is not None:
-        overrides["trials"] = options.trials
+    given = {name: getattr(options, name) for name in ("trials", "retrain", "optimizer")}
+    overrides |= {name: value for name, value in given.items() if value is not None}
     sweep = load_sweep(options.recipe, overrides, options.device)
     directory = options.output_dir or Path("runs") / sweep.name
     if (directory / "sweep.toml").is_file():
@@ -76,21 +79,23 @@ def _verb(verb: str, argv: list[str]) -> None:
     if verb == "export":
         parser.add_argument("--pick", type=int, default=1, metavar="K", help="how many models of the front (default 1)")
         parser.add_argument("--output", type=Path, metavar="P", help="folder for them (default DIR/picks)")
+    if verb == "replay":
+        parser.add_argument("--optimizer", metavar="NAME", help="only the sweep's own: no other's questions have answers here")
     if verb == "resume":
         parser.add_argument("--trials", type=int, metavar="N", help="go on to so many")
+        parser.add_argument("--retrain", type=int, metavar="K", help="train so many models of the front through all stages")
     options, _ = parser.parse(argv)
-    from dataclasses import replace
-
     from launch.config import read_toml
-    from launch.sweep_config import from_dict, save_sweep
+    from launch.sweep_config import from_dict, save_sweep, to_dict
 
     saved = options.directory / "sweep.toml"
     if not saved.is_file():
         raise InputError(f"{options.directory} holds no sweep (no sweep.toml); start one with launch/sweep.py --recipe NAME")
     sweep = from_dict(read_toml(saved), str(saved))
     if verb == "resume":
-        if options.trials is not None:
-            sweep = replace(sweep, trials=options.trials)
+        changes = {name: value for name in ("trials", "retrain") if (value := getattr(options, name)) is not None}
+        if changes:
+            sweep = from_dict({**to_dict(sweep), **changes}, "option")
             save_sweep(sweep, saved)
         _check_devices(sweep)
         _run(sweep, options.directory)
@@ -98,6 +103,10 @@ def _verb(verb: str, argv: list[str]) -> None:
         _status(options.directory, sweep)
     elif verb == "export":
         _export(options.directory, sweep, options.pick, options.output or options.directory / "picks")
+    elif verb == "replay":
+        from launch.sweep_replay import replay_sweep
+
+        sys.stdout.write(replay_sweep(sweep, options.directory, options.optimizer) + "\n")
     else:
         from launch.sweep_run import disagreements
 
@@ -112,39 +121,48 @@ def _verb(verb: str, argv: list[str]) -> None:
 def _run(sweep: SweepRecipe, directory: Path) -> None:
     from rich.console import Console
     from rich.live import Live
+    from rich.logging import RichHandler
 
     from launch.sweep_live import live_table
     from launch.sweep_run import record_of, run_sweep
     from search.database import StoreError
     from search.devices import DeviceError
 
-    logging.basicConfig(level=logging.WARNING)
     console = Console(stderr=True)
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-    shown, at = -1, 0.0
+    above = [RichHandler(console=console, show_time=False, show_path=False)] if live else None
+    logging.basicConfig(level=logging.WARNING, format="%(message)s" if live else logging.BASIC_FORMAT, handlers=above)
+    shown, due = -1, 0.0
 
     def tick(store: Store) -> None:
-        """The live table once a second on a terminal, a line a trial elsewhere."""
-        nonlocal shown, at
+        """The live table once a second on a terminal (less often where that takes long), a line a trial elsewhere."""
+        nonlocal shown, due
         done = len(store.trials("ok", "infeasible", "failed"))
         if live is not None:
-            if time.monotonic() - at > 1:
-                live.update(live_table(record_of(sweep, store)), refresh=True)
-                at = time.monotonic()
+            live.start()  # not before there is something to show: training a backbone has a bar of its own
+            if (start := time.monotonic()) > due:
+                live.update(live_table(record_of(sweep, store, directory)), refresh=True)
+                due = time.monotonic() + max(1.0, 10 * (time.monotonic() - start))
         elif done != shown:
             _say(f"{store.phase}: {done} of {sweep.trials} trials")
         shown = done
 
     try:
-        with live or nullcontext():
-            found = run_sweep(sweep, directory, _say, tick)
+        found = run_sweep(sweep, directory, _say, tick)
     except StoreError as error:
         raise InputError(str(error)) from None
     except DeviceError as error:
         raise RunError(f"{error}; launch/sweep.py resume {directory} goes on") from None
+    finally:
+        if live is not None:
+            live.stop()
     _status(directory, sweep)
     if not found:
-        raise RunError("no model is within the limits; raise goal.ttft_ms or goal.loss, or let it try more (resume --trials N)")
+        raise RunError("no model is within the limits; raise goal.ttft_ms, or let it try more (resume --trials N)")
+    losses = [(trial.results or {}).get("loss", math.inf) for trial in found]
+    if min(losses) > sweep.goal.loss:
+        _say(f"warning: the best loss is {min(losses):.4g}; goal.loss = {sweep.goal.loss:g} was to be just of no use. Train "
+             "longer, or set it higher, so that the search can tell models apart by it")
 
 
 def _status(directory: Path, sweep: SweepRecipe) -> None:
@@ -157,13 +175,13 @@ def _status(directory: Path, sweep: SweepRecipe) -> None:
     from search.store import Store
 
     with closing(Store.read(directory / DATABASE)) as store:
-        record = record_of(sweep, store)
+        record = record_of(sweep, store, directory)
     Console().print(live_table(record))
     _say(f"report: {write_sweep_report(record, directory / 'report.html')}")
 
 
 def _export(directory: Path, sweep: SweepRecipe, count: int, output: Path) -> None:
-    from launch.sweep_run import export_picks
+    from launch.sweep_picks import export_picks
 
     if count < 1:
         raise InputError(f"--pick {count}; expected at least 1")

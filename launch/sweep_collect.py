@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from launch.sweep_confirm import confirm, confirmations
 from launch.sweep_data import (
     DeviceReport,
     FrontPoint,
@@ -25,14 +26,16 @@ from launch.sweep_data import (
     TrialRecord,
 )
 from modeling.config import ModelConfig
+from search.metrics import Point, parse_metric
 
 if TYPE_CHECKING:
-    from search.latency.model import LatencyModel
     from search.records import Event
     from search.store import Store
 
-
+K = TypeVar("K")
 FIGURES = ("r2", "mape", "within_10", "spearman", "kendall", "coverage")
+ROUTINE = ("asked", "told", "predicted", "latency_model")
+"""Events that every search has at every step: its memory, nothing that a reader of the page should know of."""
 PREDICTED = "predicted_"
 """Before the name of a result that is a prediction."""
 
@@ -40,16 +43,15 @@ PREDICTED = "predicted_"
 def from_store(
     store: Store, *, name: str, objectives: Sequence[Objective], limits: Sequence[Limit] = (), space_size: int | None = None,
     to_model: Callable[[Mapping[str, Any]], ModelConfig] | None = None, predicted: Mapping[int, Numbers] | None = None,
-    confirmed: Mapping[int, Mapping[str, Pair]] | None = None, fidelity: str | None = None,
-    latency: Sequence[LatencyReport] = (), ranking: Ranking | None = None, picks: Sequence[Pick] = (),
-    notes: Sequence[str] = (),
+    fidelity: str | None = None, latency: Sequence[LatencyReport] = (), ranking: Ranking | None = None,
+    picks: Sequence[Pick] = (), notes: Sequence[str] = (),
 ) -> SweepRecord:  # fmt: skip
     """What the database knows, with what only the caller does.
 
     to_model: a trial's stored config -> its model; None where it holds the fields of `ModelConfig` already. predicted: by
-    trial, by names of results. confirmed: by trial, the 95 % intervals of those measured again. fidelity: that of most
-    measured trials where it is not given. Results called `predicted_NAME` are predictions of NAME. What the arguments leave
-    out is taken from the events: `confirmed` (pairs of a first and a second value), `latency_model` (the last report).
+    trial, by names of results. fidelity: that of most measured trials where it is not given. Results called
+    `predicted_NAME` are predictions of NAME. Events give the rest: `confirmed`, and the last `latency_model` where no
+    `latency` is given.
     """
     fidelities = _fidelities(store)
     chosen = fidelity or _most(fidelities.values()) or _most(device.fidelity for device in store.devices()) or ""
@@ -61,23 +63,22 @@ def from_store(
             number=trial.number, key=trial.key, config=config, state=trial.state, reason=trial.reason,
             results=results if trial.results is not None else None, noise=_split(trial.noise)[0],
             predicted=guessed | _numbers((predicted or {}).get(trial.number, {})), fidelity=fidelities.get(trial.number),
-            duplicate_of=trial.duplicate_of))  # fmt: skip
+            duplicate_of=trial.duplicate_of, short="loss" in guessed and "loss" not in results))  # fmt: skip
     events = store.events()
     if not latency:
-        latency = _reported(events, trials, objectives, limits)
+        latency = _reported(events, (*objectives, *limits))
     record = SweepRecord(
         name=name, objectives=tuple(objectives), limits=tuple(limits), fidelity=chosen, phase=store.phase, trials=tuple(trials),
         latency=tuple(latency), ranking=ranking, devices=_devices(store, events),
-        events=dict(sorted(Counter(event.kind for event in events).items())), space_size=space_size, picks=tuple(picks),
+        events=dict(sorted(Counter(event.kind for event in events if event.kind not in ROUTINE).items())),
+        space_size=space_size, picks=tuple(picks),
         notes=tuple(notes))  # fmt: skip
     order = {trial.number: trial.told for trial in store.trials() if trial.told is not None}
-    again = _second_values(events)
-    front = tuple(replace(point, again=again[point.trial], confirmed=True) if point.trial in again else point
-                  for point in front_of(record, confirmed))  # fmt: skip
-    return replace(record, front=front, hypervolume=hypervolumes(record, order))
+    front, dropped = confirm(front_of(record), confirmations(store, trials), objectives, limits)
+    return replace(record, front=front, dropped=dropped, hypervolume=hypervolumes(record, order))
 
 
-def front_of(record: SweepRecord, confirmed: Mapping[int, Mapping[str, Pair]] | None = None) -> tuple[FrontPoint, ...]:
+def front_of(record: SweepRecord) -> tuple[FrontPoint, ...]:
     """The undominated of the trials that keep the limits, in order of their numbers."""
     import numpy as np
 
@@ -87,12 +88,8 @@ def front_of(record: SweepRecord, confirmed: Mapping[int, Mapping[str, Pair]] | 
     if not within:
         return ()
     values = np.array([_signed(trial, record.objectives) for trial in within], dtype=np.float64)
-    points = []
-    for trial in sorted((within[int(i)] for i in front(values)), key=lambda trial: trial.number):
-        known = (confirmed or {}).get(trial.number)
-        points.append(FrontPoint(trial=trial.number, confirmed=known is not None,
-                                 intervals=known if known is not None else _intervals(trial)))  # fmt: skip
-    return tuple(points)
+    found = sorted((within[int(i)] for i in front(values)), key=lambda trial: trial.number)
+    return tuple(FrontPoint(trial=trial.number, intervals=_intervals(trial)) for trial in found)
 
 
 def hypervolumes(record: SweepRecord, order: Mapping[int, int] | None = None) -> tuple[float, ...]:
@@ -120,32 +117,6 @@ def hypervolumes(record: SweepRecord, order: Mapping[int, int] | None = None) ->
     return tuple(found)
 
 
-def latency_report(
-    model: LatencyModel, metric: Metric, proxies: Mapping[str, Sequence[float]] | None = None, scale: float = 1.0
-) -> LatencyReport:
-    """Of a fitted model, by cross-validation. `metric` has the model's values times `scale` (2**20 makes bytes of MiB).
-
-    proxies: name -> a count of every reading's model; by default parameters and FLOPs.
-    """
-    import numpy as np
-
-    from search.latency.features import proxies as counts_of
-    from search.latency.gates import LIMITS, errors
-
-    report, (values, predicted) = model.report(), model.held_out()
-    if proxies is None:
-        rows = [counts_of(reading.config, model.key.metric, model.key.context) for reading in model.readings]
-        proxies = {name: [row[name] for row in rows] for name in rows[0]}
-    ranks = {name: errors(values, np.asarray(counts, dtype=np.float64)) for name, counts in proxies.items()}
-    figures = {name: getattr(report, name) for name in FIGURES}
-    return LatencyReport(
-        metric=metric, readings=report.readings, passed=report.passed, model=Predictor(name=report.kind, **figures),
-        gates=tuple(Gate(name=name, value=getattr(report, name), low=low, high=high) for name, (low, high) in LIMITS.items()),
-        proxies=tuple(Predictor(name=name, spearman=found["spearman"], kendall=found["kendall"])
-                      for name, found in ranks.items()),
-        pairs=tuple((scale * float(a), scale * float(b)) for a, b in zip(values, predicted, strict=True)))  # fmt: skip
-
-
 def _signed(trial: TrialRecord, objectives: Sequence[Objective]) -> list[float]:
     values = trial.values()
     return [goal.sign * values[goal.name] for goal in objectives]
@@ -164,40 +135,49 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float
     return {name: value for name, value in numbers.items() if not name.startswith(PREDICTED)}, guessed
 
 
-def _second_values(events: Sequence[Event]) -> dict[int, dict[str, float]]:
-    """By trial: of every result that was had twice, the second value."""
-    found: dict[int, dict[str, float]] = {}
-    for event in events:
-        if event.kind == "confirmed" and event.trial is not None:
-            pairs = {{"losses": "loss"}.get(name, name): pair[1] for name, pair in event.detail.items()
-                     if isinstance(pair, list) and len(pair) == 2}  # fmt: skip
-            if numbers := _numbers(pairs):
-                found[event.trial] = numbers
-    return found
+def _reported(events: Sequence[Event], metrics: Sequence[Metric]) -> tuple[LatencyReport, ...]:
+    """Of every number of the device the last stored report, those in `metrics` first. An older search's event names no
+    metric, for it had one, and has no pairs and no proxies."""
+    last = {str(event.detail.get("metric", "ttft_ms")): event.detail for event in events if event.kind == "latency_model"
+            and isinstance(event.detail.get("report"), Mapping)}  # fmt: skip
+    known = {metric.name: metric for metric in metrics}
+    named = [known.get(name) or _device_metric(name) for name in sorted(last, key=lambda name: (name not in known, name))]
+    return tuple(_report(metric, last[metric.name]) for metric in named if metric is not None)
 
 
-def _reported(
-    events: Sequence[Event], trials: Sequence[TrialRecord], objectives: Sequence[Objective], limits: Sequence[Limit]
-) -> tuple[LatencyReport, ...]:
-    """The last stored report of the model of the time to the first token; its pairs are trials that were predicted first."""
+def _device_metric(name: str) -> Metric | None:
+    """A number that is no objective and no limit; None for what this version does not know."""
+    try:
+        found = parse_metric(name, Point(1))
+    except ValueError:
+        return None
+    return Metric(name=name, label=found.label(), unit=found.unit)
+
+
+def _report(metric: Metric, detail: Mapping[str, Any]) -> LatencyReport:
     from search.latency.gates import LIMITS
 
-    reports = [event.detail["report"] for event in events if isinstance(event.detail.get("report"), Mapping)
-               and event.kind == "latency_model"]  # fmt: skip
-    metric = next((metric for metric in (*objectives, *limits) if metric.name == "ttft_ms"), None)
-    if not reports or metric is None:
-        return ()
-    figures = _numbers(reports[-1])
-    pairs = tuple((trial.results[metric.name], trial.predicted[metric.name]) for trial in trials
-                  if trial.results and metric.name in trial.results and metric.name in trial.predicted)  # fmt: skip
-    return (LatencyReport(
-        metric=metric, readings=int(figures.get("readings", 0)), passed=reports[-1].get("passed") is True, pairs=pairs,
-        model=Predictor(name=str(reports[-1].get("kind", "?")), **{name: figures.get(name) for name in FIGURES}),
-        gates=tuple(Gate(name=name, value=figures.get(name), low=low, high=high) for name, (low, high) in LIMITS.items())),
+    said, counts = detail["report"], detail.get("proxies")
+    figures = _numbers(said)
+    ranks = {str(name): _numbers(found) for name, found in (counts.items() if isinstance(counts, Mapping) else ())
+             if isinstance(found, Mapping)}  # fmt: skip
+    return LatencyReport(
+        metric=metric, readings=int(figures.get("readings", 0)), passed=said.get("passed") is True,
+        model=Predictor(name=str(said.get("kind", "?")), **{name: figures.get(name) for name in FIGURES}),
+        gates=tuple(Gate(name=name, value=figures.get(name), low=low, high=high) for name, (low, high) in LIMITS.items()),
+        proxies=tuple(Predictor(name=name, spearman=found.get("spearman"), kendall=found.get("kendall"))
+                      for name, found in ranks.items()),
+        pairs=_pairs(detail.get("held_out")),
     )  # fmt: skip
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def _pairs(values: Any) -> tuple[Pair, ...]:
+    """What is a pair of positive numbers."""
+    rows = [_numbers(dict(enumerate(row))) for row in (values if isinstance(values, list) else ()) if isinstance(row, list)]
+    return tuple((row[0], row[1]) for row in rows if len(row) == 2 and min(row.values()) > 0)
+
+
+def _numbers(values: Mapping[K, Any]) -> dict[K, float]:
     """Finite numbers only: a database that was written elsewhere may hold anything."""
     return {name: float(value) for name, value in values.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)}  # fmt: skip

@@ -19,11 +19,23 @@ from pydantic import TypeAdapter, ValidationError
 
 from launch.config import Recipe, first_problem, plain, read_toml
 from launch.overrides import apply_overrides
+from search.metrics import Point, metrics_at
+from search.optim.catalog import Kind
 from search.space import Space
-from stages.config import Positive
+from stages.config import Positive, StageName
 from stages.errors import InputError
 
 Milliseconds = Annotated[float, Gt(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointConfig:
+    """Another way to run the models that are measured."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    prompt_tokens: Positive
+    threads: Positive = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,8 @@ class DeviceConfig:
     prompt_tokens: Positive = 2048
     decode_tokens: Positive = 16
     threads: Positive = 1
+    also: tuple[PointConfig, ...] = ()
+    """Every model is measured there too: more latency models, and limits such as `goal.limits."ttft_ms@512x2"`."""
     kv: Literal["f32", "f16", "int8"] = "int8"
     timeout_s: Annotated[float, Gt(0)] = 600.0
     readings: Annotated[int, Ge(10)] = 60
@@ -46,6 +60,27 @@ class DeviceConfig:
     min_repeats: Positive = 5
     max_repeats: Positive = 30
     warmup: Annotated[int, Ge(0), Le(100)] = 4
+    processor_time: bool = False
+    """For a computer that does other work too: times are processor time, of one thread."""
+    sentinel_jobs: Annotated[int, Ge(0)] = 20
+    """So many measurements after one of the same model that shows drift; 0 for none."""
+    drift: Annotated[float, Gt(0)] = 0.05
+    """How far off its first time that model may be, as a share."""
+    cool_s: Annotated[float, Ge(0)] = 120.0
+    """Pause of a device that is found to have drifted."""
+    max_c: Annotated[float, Ge(0), Le(120)] = 0.0
+    """Degrees Celsius that a device must have cooled down to before it is timed; 0 for any. Phones: 37."""
+    max_wait_s: Annotated[float, Ge(0)] = 600.0
+    """The longest wait for that."""
+    rest_s: Annotated[float, Ge(0)] = 0.0
+    """Pause after each measurement."""
+    reboot: bool = False
+    """Reboot a phone that does not come back by itself (adb)."""
+
+    def __post_init__(self) -> None:
+        if self.processor_time and max(self.threads, *(point.threads for point in self.also), 1) > 1:
+            raise ValueError("processor_time says nothing of how long several threads take together; leave it out, or measure "
+                             "with 1 thread")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +93,24 @@ class GoalConfig:
     """Time to the first token: the limit."""
     loss: Annotated[float, Gt(0)]
     """Held-out loss that is just no longer of use, in nats a token."""
+    limits: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
+    """The largest allowed of other numbers of the device, such as `decode_ms` or `peak_memory_mib` (search/metrics.py)."""
+    objectives: tuple[str, ...] = ("loss", "ttft_ms")
+    """What is made small, `loss` first; others must have a limit."""
+
+    def __post_init__(self) -> None:
+        if self.objectives[:1] != ("loss",) or len(set(self.objectives)) < max(2, len(self.objectives)):
+            raise ValueError(f"objectives {list(self.objectives)}; expected loss first and at least one number of the device, "
+                             "each once")  # fmt: skip
+        if "ttft_ms" in self.limits:
+            raise ValueError("limits has ttft_ms; its limit is goal.ttft_ms")
+        if missing := [name for name in self.objectives[1:] if name != "ttft_ms" and name not in self.limits]:
+            raise ValueError(f"objectives has {missing[0]}, which has no limit; set goal.limits.{missing[0]} to a value that "
+                             "is just no longer of use")
+
+    def device_limits(self) -> dict[str, float]:
+        """By name, of everything that is measured and bounded."""
+        return {"ttft_ms": self.ttft_ms, **self.limits}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +119,17 @@ class QualityConfig:
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
+    source: Literal["pruned", "supernet"] = "pruned"
+    """`supernet`: one set of shared weights is trained on all architectures first, and each is scored with it as it is."""
+    routing: Literal["layer", "neuron", "plain"] = "layer"
+    """How a supernet mixes its experts by architecture; `plain` has none."""
+    supernet_steps: Positive = 1000
     backbone: str = ""
     """Run or checkpoint; empty trains the recipe's pre-training stage first, in the sweep's directory."""
     budget_tokens: Annotated[int, Ge(1), Le(10**15)]
     """Of one candidate's short training."""
+    short_tokens: Annotated[int, Ge(0), Le(10**15)] = 0
+    """Above 0: a shorter training first; the full one only where that leaves a chance of a better front (docs/search.md)."""
     calibration_sequences: Positive = 64
     variant: Literal["wanda", "energy", "magnitude", "taylor", "weights", "random"] = "wanda"
     layers: Literal["cosine", "loss"] = "cosine"
@@ -95,7 +155,13 @@ class SweepRecipe:
     trials: Annotated[int, Ge(1), Le(100_000)] = 200
     batch: Positive = 8
     confirm: Positive = 8
+    retrain: Annotated[int, Ge(0)] = 0
+    """So many models of the front are trained through all stages of the recipe at the end, packed and measured."""
+    retrain_steps: dict[StageName, Positive] = field(default_factory=dict)
+    """In place of the recipe's, in what is exported: a picked model inherits its weights and may need less."""
     seed: Annotated[int, Ge(0)] = 0
+    optimizer: Kind = "staged"
+    """`staged` knows the latency model and asks for little; the others (docs/search.md) are for comparison."""
 
     def __post_init__(self) -> None:
         space = self.make_space()
@@ -107,6 +173,31 @@ class SweepRecipe:
             if largest > has:
                 raise ValueError(f"space.{name} goes up to {largest}, the backbone has {has}: it cannot be cut from it; "
                                  "take smaller choices or a larger recipe.model")  # fmt: skip
+        if self.quality.source == "supernet" and (self.quality.backbone or self.recipe.pretrain is None):
+            raise ValueError("quality.source supernet trains its own weights on the recipe's pretrain stage; leave "
+                             "quality.backbone empty and give the recipe that stage")  # fmt: skip
+        if unknown := [name for name in self.retrain_steps if name not in self.recipe.stages()]:
+            raise ValueError(f"retrain_steps has {unknown[0]}; the recipe has {', '.join(self.recipe.stages())}")
+        measured = [metric.name for metric in metrics_at(self.points(), self.main)]
+        if strange := [name for name in self.goal.device_limits() if name not in measured]:
+            raise ValueError(f"goal has {strange[0]}, which is not measured; measured are {', '.join(measured)} (device.also "
+                             "adds prompt lengths and threads)")  # fmt: skip
+        short, budget = self.quality.short_tokens, self.quality.budget_tokens
+        if short >= budget:
+            raise ValueError(f"quality.short_tokens {short} is no shorter than quality.budget_tokens {budget}; take fewer, or "
+                             "0 for one budget")  # fmt: skip
+        if short and self.optimizer != "staged":
+            raise ValueError(f"quality.short_tokens {short} with optimizer {self.optimizer}, which would take a predicted loss "
+                             "for a measured one; take optimizer staged, or short_tokens 0")  # fmt: skip
+        if short and self.quality.source == "supernet":
+            raise ValueError(f"quality.short_tokens {short} with quality.source supernet, which trains no candidate; take 0")
+
+    @property
+    def main(self) -> Point:
+        return Point(self.device.prompt_tokens, self.device.threads)
+
+    def points(self) -> tuple[Point, ...]:
+        return (self.main, *(Point(point.prompt_tokens, point.threads) for point in self.device.also))
 
     def make_space(self) -> Space:
         """Raises ValueError that names the entry."""
@@ -120,7 +211,7 @@ class SweepRecipe:
     def comparable(self) -> dict[str, Any]:
         """What two sweeps must share for their trials to be comparable; the number of trials may grow."""
         everything = to_dict(self)
-        for free in ("trials", "confirm", "batch"):
+        for free in ("trials", "confirm", "batch", "retrain", "retrain_steps"):
             everything.pop(free)
         everything["quality"].pop("processes", None)
         for free in ("launch", "tracking", "evaluation"):

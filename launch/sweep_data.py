@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from modeling.config import ModelConfig
+from search.alarms import Miss
 
 Numbers = Mapping[str, float]
 Pair = tuple[float, float]
@@ -79,6 +80,8 @@ class TrialRecord:
     fidelity: str | None = None
     """Of its measurements; None where none was made."""
     duplicate_of: int | None = None
+    short: bool = False
+    """Trained at the short budget alone: its loss is predicted from that one's, and it is on no front."""
 
     def values(self) -> dict[str, float]:
         """What the trial counts as: measured where it was measured, predicted where not. Empty without results."""
@@ -98,11 +101,13 @@ class FrontPoint:
 
     trial: int
     intervals: Mapping[str, Pair] = field(default_factory=dict)
-    """95 % interval of a result, in its unit."""
+    """95 % interval of a result, in its unit; of all measurements together where it was confirmed."""
     again: Numbers = field(default_factory=dict)
     """The same results of a second measurement and scoring, where there was one."""
     confirmed: bool = False
     """Measured and scored again after the search."""
+    reason: str = ""
+    """Why it was dropped from the front, or could not be confirmed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +151,7 @@ class LatencyReport:
     gates: tuple[Gate, ...] = ()
     proxies: tuple[Predictor, ...] = ()
     pairs: tuple[Pair, ...] = ()
-    """(measured, predicted), in the metric's unit."""
+    """(measured, predicted) of readings, each held out of the fit, in the metric's unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +219,8 @@ class SweepRecord:
     phase: str = "space"
     trials: tuple[TrialRecord, ...] = ()
     front: tuple[FrontPoint, ...] = ()
+    dropped: tuple[FrontPoint, ...] = ()
+    """Of the front as the search left it, those that the confirmation spoke against, with the reason."""
     hypervolume: tuple[float, ...] = ()
     """After each ended trial, in the product of the objectives' units."""
     latency: tuple[LatencyReport, ...] = ()
@@ -235,8 +242,15 @@ class SweepRecord:
                     math.isfinite(trial.values().get(goal.name, math.nan)) for goal in self.objectives)]  # fmt: skip
 
     def within(self) -> list[TrialRecord]:
-        """Judged trials that keep every limit."""
-        return [trial for trial in self.judged() if all(limit.kept_by(trial.values()) for limit in self.limits)]
+        """Judged trials that keep every limit, and were trained in full."""
+        return [trial for trial in self.judged()
+                if not trial.short and all(limit.kept_by(trial.values()) for limit in self.limits)]  # fmt: skip
+
+    def tried(self, metric: str) -> list[Miss]:
+        """Trials that were predicted before they were measured, each model once."""
+        return [Miss(trial.number, trial.predicted[metric], trial.results[metric]) for trial in self.trials
+                if trial.duplicate_of is None and trial.fidelity in (None, self.fidelity) and metric in trial.predicted
+                and trial.results and trial.results.get(metric)]  # fmt: skip
 
     def measured(self, trial: TrialRecord) -> bool:
         """Whether nothing that counts of it is a prediction."""
@@ -246,6 +260,11 @@ class SweepRecord:
         """Objectives, and what is only limited; each once."""
         return list({metric.name: metric for metric in (*self.limits, *self.objectives)}[name]
                     for name in dict.fromkeys(metric.name for metric in (*self.objectives, *self.limits)))  # fmt: skip
+
+    def needed_models(self) -> list[LatencyReport]:
+        """Reports of what is an objective or limited; the others are of what was measured beside it."""
+        needed = {metric.name for metric in self.metrics()}
+        return [report for report in self.latency if report.metric.name in needed]
 
     def to_json(self) -> str:
         """Numbers that are not finite are left out."""

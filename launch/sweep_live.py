@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launch.sweep_data import SweepRecord
-from launch.sweep_text import STATES, best_of, limit_words, pattern, percent, quantity, shape, verdict, volume_scale
+from launch.sweep_text import (
+    FITTED,
+    STATES,
+    best_of,
+    limit_words,
+    pattern,
+    percent,
+    quantity,
+    shape,
+    tried_words,
+    usable,
+    verdict,
+    volume_scale,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,17 +52,19 @@ def _facts(record: SweepRecord) -> Table:
 
     states = Counter(trial.state for trial in record.trials)
     factor, unit = volume_scale(record)
-    rows = [("trials", ", ".join(f"{states[state]} {state}" for state in ("ok", *STATES) if states[state]) or "none yet"),
-            ("front", f"{len(record.front)}"),
-            ("hypervolume", f"{factor * record.hypervolume[-1]:.4g} {unit}" if record.hypervolume else "-")]
-    for report in record.latency:
-        off = "-" if report.model.mape is None else f"{report.model.mape:.1f} % off"
+    ended = ", ".join(f"{states[state]} {state}" for state in ("ok", *STATES) if states[state]) or "none yet"
+    gone = f", {len(record.dropped)} dropped after a second measurement" if record.dropped else ""
+    rows = [("trials", ended, ""), ("front", f"{len(record.front)}{gone}", ""),
+            ("hypervolume", f"{factor * record.hypervolume[-1]:.4g} {unit}" if record.hypervolume else "-", "")]
+    for report in record.needed_models():
+        off = "-" if report.model.mape is None else f"{report.model.mape:.2g} % off"
         ranked = "" if report.model.kendall is None else f", Kendall {report.model.kendall:.3f}"
-        usable = "usable" if report.passed else "not good enough"
-        rows.append((f"model of {report.metric.words}", f"{off}{ranked}, {report.readings} readings, {usable}"))
+        rows.append((f"model of {report.metric.words}", f"{off}{ranked}, {report.readings} readings, {usable(report)}", ""))
+        words, alarm = tried_words(record, report.metric)
+        rows += [("  and what it said of trials", words, "red" if alarm else "")] if words else []
     table = Table.grid(padding=(0, 2))
-    for name, value in rows:
-        table.add_row(Text(name, style="dim"), Text(value))
+    for name, value, style in rows:
+        table.add_row(Text(name, style="dim"), Text(value, style=style))
     return table
 
 
@@ -70,12 +86,13 @@ def _best(record: SweepRecord) -> Table:
     from rich.text import Text
 
     within = record.within()
-    table = _table("best within the limits" if within and record.limits else "best", *(m.words for m in record.metrics()),
-                   "model", "attention")  # fmt: skip
+    names = [f"{metric.words} ({metric.unit})" if metric.unit not in FITTED else metric.words for metric in record.metrics()]
+    table = _table("best within the limits" if within and record.limits else "best", *names, "model", "attention")
     for trial in best_of(record, within or record.judged())[:_SHOWN]:
         known = trial.values()
         values = [Text(("~" if metric.name in known.keys() - (trial.results or {}).keys() else "")
-                       + quantity(known.get(metric.name), metric)) for metric in record.metrics()]  # fmt: skip
+                       + quantity(known.get(metric.name), metric if metric.unit in FITTED else replace(metric, unit="")))
+                  for metric in record.metrics()]  # fmt: skip
         table.add_row(Text(f"trial {trial.number}"), *values, Text(shape(trial)), Text(pattern(trial)))
     return table
 

@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.page_plots import GRID, MUTED, NARROW, colour, dress, svg, svg_with_places
 from launch.sweep_data import DeviceReport, LatencyReport, Objective, Pair, Ranking, SweepRecord, TrialRecord
-from launch.sweep_text import scale_of, volume_scale
+from launch.sweep_text import limit_words, quantity, scale_of, volume_scale
+from search.alarms import LIMIT, Miss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _FRONT = (5.8, 4.5)
 _SQUARE = (4.4, 3.6)
 _LINES = ("pretrain", "midtrain", "sft", "qat")
+FAR = 5.0
+"""A reference more than so many times as far from the best trial as the worst trial is, is left out of its chart."""
 MAX_HITS = 400
 """Trials that show their architecture under the pointer; a page of thousands would be slow."""
 
@@ -39,6 +42,8 @@ class FrontChart:
     hits: tuple[Hit, ...]
     outside: int
     """Trials too far off for the axes."""
+    beyond: tuple[str, ...] = ()
+    """Limits and references that are too far off, in words."""
 
 
 def front_charts(record: SweepRecord) -> list[FrontChart]:
@@ -62,7 +67,7 @@ def _front_chart(record: SweepRecord, x: Objective | None, y: Objective) -> Fron
     y_view = _view([b for _, b in points.values()], y, y_scale)
     shown = {number: (a, b) for number, (a, b) in points.items()
              if x_view[0] <= a <= x_view[1] and y_view[0] <= b <= y_view[1]}  # fmt: skip
-    front = {point.trial for point in record.front}
+    front, gone = {point.trial for point in record.front}, {point.trial for point in record.dropped}
     kept = {trial.number for trial in record.within()}
     measured = {trial.number for trial in judged if record.measured(trial)}
 
@@ -70,10 +75,11 @@ def _front_chart(record: SweepRecord, x: Objective | None, y: Objective) -> Fron
         axes.set_xlim(*x_view)
         axes.set_ylim(*y_view)
         _references(axes, record, x, y, x_scale, y_scale)
-        over, within = ([place for number, place in shown.items() if number not in front and (number in kept) == inside]
+        over, within = ([place for number, place in shown.items() if number not in front | gone and (number in kept) == inside]
                         for inside in (False, True))  # fmt: skip
         axes.plot(*_columns(over), "o", mfc="none", mec=MUTED, mew=0.9, ms=4.5, alpha=0.7)
         axes.plot(*_columns(within), "o", color=colour("within"), mew=0, ms=4.8, alpha=0.75)
+        axes.plot(*_columns([shown[number] for number in shown if number in gone]), "x", color=colour("bad"), mew=1.6, ms=7)
         best = sorted(place for number, place in shown.items() if number in front)
         if len(record.objectives) == 2 and x is not None and len(best) > 1:
             # Between two points of the front nothing better was found than the worse of the two.
@@ -91,7 +97,8 @@ def _front_chart(record: SweepRecord, x: Objective | None, y: Objective) -> Fron
                                    size=_FRONT if len(record.objectives) <= 2 else _SQUARE)  # fmt: skip
     hits = [Hit(left, top, number, number in front) for number, (left, top) in zip(order, places, strict=True)]
     title = f"{y.words} against {x.words}" if x else f"{y.words}, trial by trial"
-    return FrontChart(title, text, tuple(hits), len(points) - len(shown))
+    beyond = _beyond(record, ((x, x_scale, x_view), (y, y_scale, y_view)))
+    return FrontChart(title, text, tuple(hits), len(points) - len(shown), beyond)
 
 
 def _references(
@@ -111,15 +118,18 @@ def _references(
 def _bars(
     axes: Axes, record: SweepRecord, shown: dict[int, Pair], x: Objective | None, y: Objective, x_scale: float, y_scale: float
 ) -> None:
-    """The intervals of the front, where they are known."""
-    for point in record.front:
+    """The intervals of the front and of what was dropped from it, where they are known."""
+    caps: dict[str, Any] = {"color": colour("ink"), "linewidth": 1, "alpha": 0.55, "markersize": 6}
+    for point in (*record.front, *record.dropped):
         if point.trial not in shown:
             continue
-        a, b = shown[point.trial]
-        if x is not None and (ends := point.intervals.get(x.name)):
-            axes.plot([ends[0] * x_scale, ends[1] * x_scale], [b, b], color=colour("front"), linewidth=1.2)
-        if ends := point.intervals.get(y.name):
-            axes.plot([a, a], [ends[0] * y_scale, ends[1] * y_scale], color=colour("front"), linewidth=1.2)
+        wide, high = (point.intervals.get(x.name) if x is not None else None), point.intervals.get(y.name)
+        a, b = shown[point.trial]  # the bars cross where the intervals have their middle: with a second value that is elsewhere
+        a, b = sum(wide) / 2 * x_scale if wide else a, sum(high) / 2 * y_scale if high else b
+        if wide:
+            axes.plot([wide[0] * x_scale, wide[1] * x_scale], [b, b], marker="|", **caps)
+        if high:
+            axes.plot([a, a], [high[0] * y_scale, high[1] * y_scale], marker="_", **caps)
 
 
 def _value(trial: TrialRecord, goal: Objective | None) -> float:
@@ -134,42 +144,68 @@ def _axis(values: Sequence[float], goal: Objective | None) -> tuple[float, str]:
 
 
 def _view(values: Sequence[float], goal: Objective, scale: float) -> tuple[float, float]:
-    """From the best to the reference or the worst, but no farther than two and a half times as far as the reference."""
+    """From the best to the reference or the worst, but no farther than two and a half times as far as the reference; without
+    the reference where it would squeeze the trials into a corner."""
     signed = sorted(goal.sign * value for value in values)
-    reference = goal.sign * goal.reference * scale
-    span = max(reference - signed[0], 0.0) or (signed[-1] - signed[0]) or abs(signed[0]) or 1.0
+    reference, spread = goal.sign * goal.reference * scale, signed[-1] - signed[0]
+    if 0 < FAR * spread < reference - signed[0]:
+        reference = signed[-1] + 0.1 * spread
+    span = max(reference - signed[0], 0.0) or spread or abs(signed[0]) or 1.0
     worst = max(reference, min(signed[-1], signed[0] + 2.5 * span))
     margin = 0.05 * (worst - signed[0] or span)
     ends = goal.sign * (signed[0] - margin), goal.sign * (worst + margin)
     return min(ends), max(ends)
 
 
+def _beyond(record: SweepRecord, goals: Sequence[tuple[Objective | None, float, Pair]]) -> tuple[str, ...]:
+    """What would be drawn at a value that its axis does not reach. goals: objective, its scale, its axis."""
+    found = []
+    for goal, scale, (low, high) in goals:
+        if goal is None:
+            continue
+        if not low <= goal.reference * scale <= high:
+            found.append(f"the reference of {goal.words}, {quantity(goal.reference, goal)}")
+        found += [f"the limit, {limit_words(limit)}" for limit in record.limits
+                  if limit.name == goal.name and not low <= limit.value * scale <= high]  # fmt: skip
+    return tuple(found)
+
+
 def _columns(points: Sequence[Pair]) -> tuple[list[float], list[float]]:
     return [a for a, _ in points], [b for _, b in points]
 
 
-def latency_chart(report: LatencyReport) -> str | None:
-    """Predicted against measured, with the diagonal and 10 % to either side."""
-    pairs = [pair for pair in report.pairs if all(math.isfinite(value) for value in pair)]
+def latency_chart(report: LatencyReport, tried: Sequence[Miss] = ()) -> str | None:
+    """Predicted against measured, with the diagonal and 10 % to either side: readings as rings, trials as dots."""
+    readings = [pair for pair in report.pairs if all(math.isfinite(value) for value in pair)]
+    trials = [(miss.measured, miss.predicted) for miss in tried if math.isfinite(miss.off)]
+    pairs = readings + trials
     if not pairs:
         return None
     scale, unit = scale_of(report.metric, max(max(pair) for pair in pairs))
-    pairs = [(a * scale, b * scale) for a, b in pairs]
-    ends = (0.9 * min(min(pair) for pair in pairs), 1.06 * max(max(pair) for pair in pairs))
-    good = [pair for pair in pairs if abs(pair[1] - pair[0]) <= 0.1 * pair[0]]
+    ends = (0.9 * scale * min(min(pair) for pair in pairs), 1.06 * scale * max(max(pair) for pair in pairs))
 
     def draw(axes: Axes) -> None:
         axes.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color=GRID, alpha=0.55, linewidth=0)
         axes.plot(ends, ends, color=MUTED, linewidth=1)
-        axes.plot(*_columns(good), "o", color=colour("front"), mew=0, ms=4.5, alpha=0.75)
-        axes.plot(*_columns([pair for pair in pairs if pair not in good]), "D", color=colour("bad"), mew=0, ms=4.5)
+        for place, group in enumerate((readings, trials)):
+            for near in (True, False):
+                points = [(a * scale, b * scale) for a, b in group if _near(a, b) == near]
+                tone = colour(("within", "front")[place] if near else "bad")
+                axes.plot(*_columns(points), "o" if near else "D", color=tone, mfc=tone if place else "none",
+                          mew=0 if place else 1.1, ms=5 if place else 5.5, alpha=0.8)  # fmt: skip
         axes.set_xlim(*ends)
         axes.set_ylim(*ends)
         dress(axes, grid="both", whole_x=False)
 
     what = f"{report.metric.words} ({unit})" if unit else report.metric.words
-    label = f"predicted against measured {report.metric.words}: {len(good)} of {len(pairs)} readings within 10 %"
+    parts = [f"{sum(_near(a, b) for a, b in group)} of {len(group)} {name} within 10 %"
+             for name, group in (("held-out readings", readings), ("trials", trials)) if group]  # fmt: skip
+    label = f"predicted against measured {report.metric.words}: {', '.join(parts)}"
     return svg(draw, label=label, x_label=f"measured {what}", y_label="predicted, not fitted to it", size=_SQUARE)
+
+
+def _near(measured: float, predicted: float) -> bool:
+    return abs(predicted - measured) <= LIMIT * measured
 
 
 def hypervolume_chart(record: SweepRecord) -> str | None:
@@ -178,7 +214,6 @@ def hypervolume_chart(record: SweepRecord) -> str | None:
         return None
     factor, unit = volume_scale(record)
     values = [factor * value for value in record.hypervolume]
-    what = f"hypervolume ({unit})" if unit else "hypervolume"
 
     def draw(axes: Axes) -> None:
         axes.step(range(1, len(values) + 1), values, where="post", color=colour("front"), linewidth=2,
@@ -188,7 +223,7 @@ def hypervolume_chart(record: SweepRecord) -> str | None:
         dress(axes)
 
     label = f"hypervolume after each of {len(values)} trials, {values[-1]:.4g} at last"
-    return svg(draw, label=label, x_label="ended trials", y_label=what, size=NARROW)
+    return svg(draw, label=label, x_label="ended trials", y_label=unit or "hypervolume", size=NARROW)
 
 
 def ranking_chart(ranking: Ranking) -> str | None:

@@ -13,12 +13,23 @@ from launch.page import render_page, write_page
 from launch.sweep_data import FrontPoint, LatencyReport, Metric, Pick, SweepRecord, TrialRecord
 from launch.sweep_drawings import HATCH, drawing, spoken, widest
 from launch.sweep_plots import drift_chart, drift_names, front_charts, hypervolume_chart, latency_chart, ranking_chart
-from launch.sweep_text import best_of, facts, interval, limit_words, pattern, percent, quantity, shape, verdict
+from launch.sweep_text import (
+    GATE_NAMES,
+    best_of,
+    facts,
+    interval,
+    limit_words,
+    pattern,
+    percent,
+    quantity,
+    shape,
+    tried_words,
+    verdict,
+)
+from search.alarms import LIMIT
 from search.space import Limits
 
 MAX_DRAWINGS = 10
-GATE_NAMES = {"r2": "R\N{SUPERSCRIPT TWO}", "mape": "mean error, %", "within_10": "within 10 %, % of readings",
-              "spearman": "Spearman", "kendall": "Kendall", "coverage": "inside the 95 % band, %"}  # fmt: skip
 
 
 def write_sweep_report(record: SweepRecord, target: Path) -> Path:
@@ -42,8 +53,11 @@ def render_sweep(record: SweepRecord) -> str:
         facts=facts(record),
         goals=[f"{'less' if goal.direction == 'min' else 'more'} {goal.words}" for goal in record.objectives],
         limits=[limit_words(limit) for limit in record.limits],
-        limit_lines=[limit_words(limit) for limit in record.limits
-                     if limit.name in {goal.name for goal in record.objectives}],
+        limit_lines=[words for limit in record.limits if limit.name in {goal.name for goal in record.objectives}
+                     and any((words := limit_words(limit)) not in " ".join(chart.beyond) for chart in charts)],
+        reference=any("the reference" not in " ".join(chart.beyond) for chart in charts),
+        bars=any(low < high for point in (*record.front, *record.dropped) for low, high in point.intervals.values()),
+        over=len(record.within()) < len(record.judged()),
         charts=charts,
         tips={number: _tip(record, trials[number], scale) for number in shown},
         best=[(trial, _values(record, trial)) for trial in best_of(record, record.within())[:5]],
@@ -51,9 +65,12 @@ def render_sweep(record: SweepRecord) -> str:
         hatch=HATCH,
         drawings=[_tip(record, trials[point.trial], front_scale) for point in spread(points, MAX_DRAWINGS)],
         front=[_row(record, trials[point.trial], point) for point in points],
+        dropped=[_row(record, trials[point.trial], point) for point in record.dropped if point.trial in trials],
         metrics=record.metrics(),
         predicted=[metric for metric in record.metrics() if any(metric.name in trials[p.trial].predicted for p in points)],
-        latency=[(report, latency_chart(report), _gates(report)) for report in record.latency],
+        latency=[(report, latency_chart(report, record.tried(report.metric.name)), _gates(report),
+                  _tried(record, report)) for report in record.needed_models()],
+        others=[report for report in record.latency if report not in record.needed_models()],
         hypervolume=hypervolume_chart(record),
         ranking=ranking_chart(record.ranking) if record.ranking else None,
         ended=_ended(record),
@@ -82,8 +99,9 @@ def missing(record: SweepRecord) -> list[str]:
         said.append(f"Of {predicted} judged trials a value is predicted, not measured.")
     if not record.latency:
         said.append("There is no latency model, or none was fitted yet.")
-    said += [f"The model of {report.metric.words} has no held-out pairs to draw." for report in record.latency
-             if not report.pairs]  # fmt: skip
+    said += [f"Of the model of {report.metric.words} no held-out readings were stored: it was made by an older version."
+             for report in record.latency if not report.pairs]  # fmt: skip
+    said += [f"Trial {point.trial} was not confirmed in everything: {point.reason}" for point in record.front if point.reason]
     if record.ranking is None or len(record.ranking.pairs) < 2:
         said.append("Whether short training ranks as the final one does was not measured.")
     if not record.devices:
@@ -114,7 +132,10 @@ def _values(record: SweepRecord, trial: TrialRecord) -> list[tuple[str, str]]:
 
 def _tip(record: SweepRecord, trial: TrialRecord, scale: int) -> dict[str, Any]:
     model, front = trial.model(), {point.trial for point in record.front}
-    place = "on the front" if trial.number in front else "keeps the limits" if trial in record.within() else "over a limit"
+    dropped = trial.number in {point.trial for point in record.dropped}
+    place = ("on the front" if trial.number in front else "dropped from the front" if dropped
+             else "keeps the limits" if trial in record.within()
+             else "trained briefly alone" if trial.short else "over a limit")  # fmt: skip
     return {"number": trial.number, "place": place, "values": _values(record, trial), "shape": shape(trial),
             "pattern": pattern(trial), "spoken": spoken(model) if model else "",
             "drawing": drawing(model, scale, f"Trial {trial.number}") if model else ""}  # fmt: skip
@@ -126,23 +147,24 @@ def _row(record: SweepRecord, trial: TrialRecord, point: FrontPoint) -> dict[str
     for metric in record.metrics():
         ends = point.intervals.get(metric.name)
         again = f"again {quantity(point.again[metric.name], metric)}" if metric.name in point.again else ""
-        cells.append((quantity(results.get(metric.name), metric), interval(ends, metric) if ends else "", again))
+        cells.append((quantity(results.get(metric.name), metric), interval(ends, metric) if ends and ends[0] < ends[1] else "",
+                      again))  # fmt: skip
     errors = {metric.name: _error(trial.predicted.get(metric.name), results.get(metric.name), metric)
               for metric in record.metrics()}  # fmt: skip
     limits = Limits()
-    return {"trial": trial, "confirmed": point.confirmed, "model": model, "pattern": pattern(trial), "cells": cells,
-            "errors": errors,
+    return {"trial": trial, "confirmed": point.confirmed, "reason": point.reason, "model": model, "pattern": pattern(trial),
+            "cells": cells, "errors": errors,
             "bytes": quantity(model.weight_bytes(4, limits.group_size), Metric(name="", unit="bytes")) if model else None}
 
 
 def _error(predicted: float | None, measured: float | None, metric: Metric) -> tuple[str, str, bool]:
-    """(predicted, how far off what was measured, whether that is less than 10 %)."""
+    """(predicted, how far off what was measured, whether that is no alarm)."""
     if predicted is None:
         return quantity(None, metric), "", True
     if not measured:
         return quantity(predicted, metric), "", True
     off = predicted / measured - 1
-    return quantity(predicted, metric), percent(off, sign=True), abs(off) <= 0.1
+    return quantity(predicted, metric), percent(off, sign=True), abs(off) <= LIMIT
 
 
 def _gates(report: LatencyReport) -> list[dict[str, Any]]:
@@ -158,6 +180,14 @@ def _gates(report: LatencyReport) -> list[dict[str, Any]]:
         rows.append({"label": label, "value": value, "bounds": bounds, "passed": gate.passed if gate else None,
                      "proxies": [getattr(proxy, name) for proxy in report.proxies]})  # fmt: skip
     return rows
+
+
+def _tried(record: SweepRecord, report: LatencyReport) -> dict[str, Any]:
+    """How predictions of trials came out: in words, whether an alarm was due, and which were far off, the farthest first."""
+    words, alarm = tried_words(record, report.metric)
+    far = sorted((miss for miss in record.tried(report.metric.name) if abs(miss.off) > LIMIT), key=lambda miss: -abs(miss.off))
+    named = ", ".join(f"{miss.trial} ({percent(miss.off, sign=True)})" for miss in far[:8])
+    return {"words": words, "alarm": alarm, "far": named + (" \N{HORIZONTAL ELLIPSIS}" if len(far) > 8 else "")}
 
 
 def _ended(record: SweepRecord) -> list[tuple[str, str, int, str]]:

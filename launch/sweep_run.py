@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch.ray_head import shared_cluster
 from launch.rundir import write_json
+from launch.sweep_budgets import ranking_of, short_notes
 from launch.sweep_config import DeviceConfig, SweepRecipe
+from launch.sweep_optimizer import optimizer_maker
+from launch.sweep_picks import predictions, read_picks, retrain_front
 from launch.sweep_score import CandidateScorer
+from launch.sweep_supernet import prepare_supernet
+from launch.sweep_wandb import SweepWatch
 from modeling.config import ModelConfig
-from search.devices import open_device
+from search.agent.measuring import Gate
+from search.budgets import TwoBudgets
+from search.devices import MeasureRequest, open_device
 from search.farm import Farm
-from search.front import front, knee
 from search.members import Member, Policy
+from search.metrics import metrics_at
 from search.readings import LatencyPlan, Readings
 from search.records import Trial
+from search.reference_output import CHECKED, ReferenceOutput
 from search.space import Space
 from search.store import Store
 from search.sweep import Sweep, SweepPlan, build_once
@@ -30,29 +40,42 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DATABASE, SPEC = "sweep.db", "sweep.toml"
+SENTINELS = 16
 
 
 def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], tick: Callable[[Store], None]) -> list[Trial]:
     """All phases that are still to do; the confirmed front."""
+    import torch
+
     space = sweep.make_space()
-    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store:
+    room = shared_cluster(sweep.recipe.launch, sweep.quality.processes)
+    watch = SweepWatch(sweep, directory, directory / DATABASE)
+    with closing(Store.open(directory / DATABASE, sweep.comparable())) as store, room, watch:
         backbone, importance = prepare_backbone(sweep, directory, say)
+        torch.set_num_threads(1)  # what this process computes from now on is small, and the scoring processes need the cores
         members = [Member(open_device(name)) for name in sweep.device.names]
         build = build_once(directory / "shapes", _write_random, _shape_key)
-        farm = Farm(store, members, policy=_policy(sweep.device))
+        farm = Farm(store, members, policy=policy_of(sweep.device), sentinel=_sentinel(sweep, build))
         farm.queue.recover()
-        readings = Readings(farm, space, latency_plan(sweep.device), build, tick=lambda: tick(store))
+        expect = ReferenceOutput(open_device("local")) if any(member.fidelity in CHECKED for member in members) else _unknown
+        readings = Readings(farm, space, latency_plan(sweep), build, tick=lambda: tick(store), expect=expect)
         with ExitStack() as stack:
             scores = directory / "scores"
             scorers = [stack.enter_context(closing(CandidateScorer(directory / SPEC, backbone, importance, scores)))
                        for _ in range(sweep.quality.processes)]  # fmt: skip
-            found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make_staged, lambda: tick(store)).run()
-        write_front(directory / "front.json", space, store, found)
+            make = optimizer_maker(sweep.optimizer)
+            found = Sweep(store, space, sweep_plan(sweep), readings, scorers, make, lambda: tick(store)).run()
+        if found and sweep.retrain:
+            retrain_front(sweep, directory, readings, (backbone, importance), say)
+        write_front(directory / "front.json", space, store, found, record_of(sweep, store, directory))
         return found
 
 
 def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
-    """(checkpoint, JSON of its importance). Trains the recipe's pre-training stage where no backbone is named."""
+    """(checkpoint, JSON of its importance). Trains the recipe's pre-training stage where no backbone is named.
+
+    Of a search with a supernet: its folder, and nothing.
+    """
     from launch.prune import calibrate
     from launch.runner import train_stages
     from modeling.prune import uncovered
@@ -60,6 +83,8 @@ def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], N
     from stages.prune import inherit_positions
     from stages.state import read_model
 
+    if sweep.quality.source == "supernet":
+        return prepare_supernet(sweep, directory, say), Path()
     named = sweep.quality.backbone
     if not named:
         if sweep.recipe.pretrain is None:
@@ -76,30 +101,41 @@ def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], N
     return checkpoint, calibrate(checkpoint, sweep.recipe, sweep.quality.calibration_sequences)
 
 
-def make_staged(space: Space, plan: SweepPlan, predict: Callable[..., Any]) -> Any:
-    from search.optim.base import Domain, Goal
-    from search.optim.staged import Settings, Staged
-
-    domain = Domain(choices=space.flat_choices(), repair=space.repair, feasible=space.feasible)
-    goal = Goal(objectives=plan.references, limits=plan.limits)
-    settings = Settings(initial=max(4, min(16, plan.trials // 4)))
-    return Staged(domain, goal, plan.seed, known={"ttft_ms": predict}, settings=settings)
-
-
 def sweep_plan(sweep: SweepRecipe) -> SweepPlan:
+    bounds = {"loss": sweep.goal.loss, **sweep.goal.device_limits()}
     return SweepPlan(trials=sweep.trials, batch=sweep.batch, confirm=sweep.confirm, seed=sweep.seed,
-                     references={"loss": sweep.goal.loss, "ttft_ms": sweep.goal.ttft_ms})  # fmt: skip
+                     short_tokens=sweep.quality.short_tokens, references={name: bounds[name] for name in sweep.goal.objectives},
+                     limits={name: bound for name, bound in bounds.items() if name not in sweep.goal.objectives})  # fmt: skip
 
 
-def latency_plan(device: DeviceConfig) -> LatencyPlan:
+def latency_plan(sweep: SweepRecipe) -> LatencyPlan:
+    device = sweep.device
     return LatencyPlan(
         prompt_tokens=device.prompt_tokens, decode_tokens=device.decode_tokens, threads=device.threads, kv=device.kv,
+        also=sweep.points()[1:],
         timeout_s=device.timeout_s, readings=device.readings, more=device.more, max_readings=device.max_readings,
     )  # fmt: skip
 
 
-def _policy(device: DeviceConfig) -> Policy:
-    return Policy(warmup=device.warmup, min_repeats=device.min_repeats, max_repeats=device.max_repeats)
+def policy_of(device: DeviceConfig) -> Policy:
+    return Policy(warmup=device.warmup, min_repeats=device.min_repeats, max_repeats=device.max_repeats, drift=device.drift,
+                  processor_time=device.processor_time, sentinel_jobs=device.sentinel_jobs or Policy.sentinel_jobs,
+                  cool_s=device.cool_s, rest_s=device.rest_s, reboot=device.reboot,
+                  gate=Gate(max_c=device.max_c or None, max_wait_s=device.max_wait_s))  # fmt: skip
+
+
+def _unknown(request: MeasureRequest) -> None:
+    """Of devices that are this machine, or only a model of one, there is nothing to check the output against."""
+
+
+def _sentinel(sweep: SweepRecipe, build: Callable[[ModelConfig], Path]) -> MeasureRequest | None:
+    """The same model every time the sweep is started: the one with most work of some, so that its time is steady."""
+    if not sweep.device.sentinel_jobs:
+        return None
+    space = sweep.make_space()
+    some = [space.to_config(candidate) for candidate in space.sample(random.Random(sweep.seed), SENTINELS)]
+    chosen = max(some, key=lambda config: config.flops_per_token(sweep.device.prompt_tokens))
+    return latency_plan(sweep).request(build(chosen))
 
 
 def _write_random(config: ModelConfig, path: Path) -> None:
@@ -117,76 +153,46 @@ def _shape_key(config: ModelConfig) -> str:
 # --- what comes out -------------------------------------------------------------------------------------------------
 
 
-def write_front(path: Path, space: Space, store: Store, found: list[Trial]) -> None:
-    """The front as JSON: candidate, loss, latency measured and predicted, what the confirmation said."""
+def write_front(path: Path, space: Space, store: Store, found: list[Trial], record: SweepRecord) -> None:
+    """The front as JSON: candidate, loss, latency measured and predicted, what the confirmation said. Models that it speaks
+    against come last, with the reason in `dropped`."""
+    gone = {point.trial: point.reason for point in record.dropped}
+    ends = {point.trial: point.intervals for point in (*record.front, *record.dropped)}
     confirmed = {event.trial: event.detail for event in store.events("confirmed")}
     predicted = predictions(store)
     points = []
-    for trial in found:
+    for trial in sorted(found, key=lambda trial: trial.number in gone):
         flat = trial.config["candidate"]
         config = space.to_config(space.unflatten(flat))
         points.append({
             "trial": trial.number, "key": trial.key, "candidate": flat, "parameters": config.num_params(),
-            "predicted_ttft_ms": predicted[trial.number]["ttft_ms"], **dict(trial.results or {}),
+            **{f"predicted_{name}": value for name, value in predicted.get(trial.number, {}).items()},
+            **dict(trial.results or {}),
             "noise": dict(trial.noise), "confirmed": confirmed.get(trial.number),
+            "intervals": ends.get(trial.number, {}), "dropped": gone.get(trial.number),
         })  # fmt: skip
     write_json(path, points)
 
 
-def predictions(store: Store) -> dict[int, dict[str, float]]:
-    """By trial: what the latency model said before it was measured."""
-    by_key = {event.detail["key"]: {"ttft_ms": event.detail["ttft_ms"]} for event in reversed(store.events("predicted"))}
-    return {trial.number: by_key[trial.key] for trial in store.trials() if trial.key in by_key}
-
-
-def record_of(sweep: SweepRecipe, store: Store) -> SweepRecord:
+def record_of(sweep: SweepRecipe, store: Store, directory: Path) -> SweepRecord:
     """What the page and the live table show."""
     from launch.sweep_collect import from_store
     from launch.sweep_data import Limit, Objective
 
     space, goal = sweep.make_space(), sweep.goal
-    first = {"name": "ttft_ms", "label": "time to first token", "unit": "ms"}
+    words = {metric.name: {"name": metric.name, "label": metric.label(sweep.device.processor_time), "unit": metric.unit}
+             for metric in metrics_at(sweep.points(), sweep.main)}  # fmt: skip
+    bounds = goal.device_limits()
     loss = Objective(name="loss", label="held-out loss", unit="nats a token", reference=goal.loss)
+    others = [Objective(**words[name], reference=bounds[name]) for name in goal.objectives[1:]]  # type: ignore[arg-type]
+    agreement = TwoBudgets(store, sweep.quality.short_tokens, {"loss": goal.loss}).agreement()
     return from_store(
-        store, name=sweep.name, objectives=(loss, Objective(**first, reference=goal.ttft_ms)),  # type: ignore[arg-type]
-        limits=(Limit(**first, value=goal.ttft_ms),), space_size=space.size(),  # type: ignore[arg-type]
-        to_model=lambda config: space.to_config(space.unflatten(config["candidate"])), predicted=predictions(store),
+        store, name=sweep.name, objectives=(loss, *others),
+        limits=[Limit(**words[name], value=bound) for name, bound in bounds.items()],  # type: ignore[arg-type]
+        space_size=space.size(), to_model=lambda config: space.to_config(space.unflatten(config["candidate"])),
+        predicted=predictions(store), picks=read_picks(directory), ranking=ranking_of(agreement, loss),
+        notes=short_notes(sweep.quality.short_tokens, store.trials("ok"), agreement),
     )  # fmt: skip
-
-
-def export_picks(sweep: SweepRecipe, directory: Path, count: int, output: Path, say: Callable[[str], None]) -> list[Path]:
-    """`count` models of the front, most gained for least given up first: inherited checkpoint, recipe, expectation.
-
-    Each folder is started as it is: `launch/recipe.py --recipe FOLDER/recipe.toml --init-from FOLDER`.
-    """
-    from launch.config import save_toml
-    from stages.prune import PruneOptions, prune_checkpoint
-    from stages.state import read_model
-
-    space = sweep.make_space()
-    with closing(Store.read(directory / DATABASE)) as store:
-        plan = sweep_plan(sweep)
-        found = front(store.trials("ok"), plan.references, plan.limits)
-    if not found:
-        raise InputError(f"{directory} has no model within its limits yet; let the sweep go on, or raise goal.*")
-    if count > len(found):
-        raise InputError(f"--pick {count}: the front has {len(found)} models")
-    backbone, importance = prepare_backbone(sweep, directory, say)
-    made = []
-    for trial in knee(found, list(plan.references))[:count]:
-        folder = output / f"trial-{trial.number:04d}"
-        config = space.to_config(space.unflatten(trial.config["candidate"]))
-        options = PruneOptions(variant=sweep.quality.variant, layers=sweep.quality.layers)
-        checkpoint = prune_checkpoint(backbone, importance, config, folder, options)
-        model, _ = read_model(checkpoint)
-        save_toml(replace(sweep.recipe, name=f"{sweep.name}-{trial.number:04d}", model=model), folder / "recipe.toml")
-        device = sweep.device
-        write_json(folder / "expected.json", {
-            **dict(trial.results or {}), "device": list(device.names),
-            "prompt_tokens": device.prompt_tokens, "threads": device.threads, "kv": device.kv,
-        })  # fmt: skip
-        made.append(folder)
-    return made
 
 
 def disagreements(sweep: SweepRecipe, directory: Path) -> list[str]:
@@ -209,5 +215,5 @@ def disagreements(sweep: SweepRecipe, directory: Path) -> list[str]:
             problems.append(f"trial {trial.number} is {trial.key}, the optimizer asked {asked}")
         if (known["values"] is None) != (trial.results is None) and trial.told is not None:
             problems.append(f"trial {trial.number} is {trial.state}, the optimizer was told {known['status']}")
-    make_staged(space, plan, lambda flats: None).load(stored)
+    optimizer_maker(sweep.optimizer)(space, plan, lambda metric, flats: (0.0, 0.0)).load(stored)
     return problems

@@ -13,6 +13,7 @@ from typing import Any
 from launch.config import read_toml
 from launch.search_quality import PrunedTraining
 from launch.sweep_config import from_dict
+from launch.sweep_supernet import supernet_quality
 from search.quality import TrainedScorer, as_score
 from search.workers import ProcessScorer, Score
 from stages.errors import InputError
@@ -22,7 +23,8 @@ class CandidateScorer:
     """A `Score` behind a process of its own; see the module."""
 
     def __init__(self, sweep_file: Path, backbone: Path, importance: Path, folder: Path) -> None:
-        self.process = ProcessScorer("launch.sweep_score:score")
+        log = folder.parent / f"{folder.name}.log"  # a table is on the terminal, which lines of a training would tear apart
+        self.process = ProcessScorer("launch.sweep_score:score", log=log)
         self.task = [str(path.resolve()) for path in (sweep_file, backbone, importance, folder)]
 
     def __call__(self, candidate: Mapping[str, Any]) -> Mapping[str, float]:
@@ -44,7 +46,7 @@ def score(request: Mapping[str, Any]) -> Mapping[str, float]:
 def _scorer(sweep_file: str, backbone: str, importance: str, folder: str) -> Score:
     sweep = from_dict(read_toml(Path(sweep_file)), sweep_file)
     space, quality = sweep.make_space(), sweep.quality
-    training = PrunedTraining(
+    training = supernet_quality(sweep, Path(backbone)) if quality.source == "supernet" else PrunedTraining(
         recipe=sweep.recipe, backbone=backbone, folder=folder, importance=importance, variant=quality.variant,
         layers=quality.layers, held_out=quality.held_out,
     )  # fmt: skip

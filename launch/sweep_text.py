@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from launch.page import DASH, count
-from launch.sweep_data import Limit, Metric, SweepRecord, TrialRecord
+from launch.sweep_data import LatencyReport, Limit, Metric, SweepRecord, TrialRecord
+from search.alarms import LIMIT
 
 FIDELITIES = {
     "device": "measured on the device",
@@ -18,6 +20,10 @@ FIDELITIES = {
 }
 STATES = ("waiting", "running", "infeasible", "failed", "cancelled")
 """Of trials that are not ok, in the order in which they are told."""
+GATE_NAMES = {"r2": "R\N{SUPERSCRIPT TWO}", "mape": "mean error, %", "within_10": "within 10 %, % of readings",
+              "spearman": "Spearman", "kendall": "Kendall", "coverage": "inside the 95 % band, %"}  # fmt: skip
+FITTED = ("ms", "bytes", "")
+"""Units that change with the size of a value; others may stand in a column's head."""
 _LETTERS = {"full": "F", "window": "w", "skip": "\N{MIDDLE DOT}"}
 
 
@@ -38,7 +44,8 @@ def interval(ends: tuple[float, float], metric: Metric) -> str:
 
 
 def percent(share: float, *, sign: bool = False) -> str:
-    return f"{100 * share:+.1f} %" if sign else f"{100 * share:.1f} %"
+    rounded = round(100 * share, 1) + 0.0  # no -0.0
+    return f"{rounded:+.1f} %" if sign and rounded else f"{rounded:.1f} %"
 
 
 def scale_of(metric: Metric, largest: float) -> tuple[float, str]:
@@ -46,7 +53,8 @@ def scale_of(metric: Metric, largest: float) -> tuple[float, str]:
     if metric.unit == "ms" and largest >= 1000:
         return 1e-3, "s"
     if metric.unit == "bytes":
-        return (2.0**-30, "GiB") if largest >= 2.0**30 else (2.0**-20, "MiB")
+        return next(((1 / size, unit) for size, unit in ((2.0**30, "GiB"), (2.0**20, "MiB")) if largest >= size),
+                    (2.0**-10, "KiB"))  # fmt: skip
     return 1.0, metric.unit
 
 
@@ -77,6 +85,25 @@ def shape(trial: TrialRecord) -> str:
             f"{model.num_heads}/{model.num_kv_heads} heads of {model.head_dim}")  # fmt: skip
 
 
+def usable(report: LatencyReport) -> str:
+    """usable; or not good enough, and which figures are not."""
+    wrong = [f"{GATE_NAMES.get(gate.name, gate.name)} {DASH if gate.value is None else format(gate.value, '.3g')} "
+             f"(wanted {gate.low:g} to {gate.high:g})" for gate in report.gates if not gate.passed]  # fmt: skip
+    return "usable" if report.passed else ": ".join(["not good enough", *([", ".join(wrong)] if wrong else [])])
+
+
+def tried_words(record: SweepRecord, metric: Metric) -> tuple[str, bool]:
+    """(how far predictions of trials were off, whether any by more than an alarm's limit); nothing where none was predicted."""
+    misses = record.tried(metric.name)
+    if not misses:
+        return "", False
+    worst = max(misses, key=lambda miss: abs(miss.off))
+    over = sum(abs(miss.off) > LIMIT for miss in misses)
+    words = (f"{plural(len(misses), 'trial')}: median {100 * median(abs(miss.off) for miss in misses):.2g} % off, worst "
+             f"{100 * worst.off:+.2g} % (trial {worst.trial})")  # fmt: skip
+    return words + (f", {over} more than {100 * LIMIT:g} % off" if over else ""), over > 0
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One line, what it rests on, and whether it is what was wanted."""
@@ -89,6 +116,7 @@ class Verdict:
 def verdict(record: SweepRecord) -> Verdict:
     """What the search came to."""
     judged, within, states = record.judged(), record.within(), Counter(trial.state for trial in record.trials)
+    judged = [trial for trial in judged if not trial.short] or judged
     if not record.trials:
         return Verdict("No model has been tried yet.", f"The search is in its phase {record.phase!r}.", "none")
     if not judged:
@@ -144,6 +172,8 @@ def _price(record: SweepRecord, judged: list[TrialRecord], value: float) -> str:
     goal = record.objectives[0]
     best = best_of(record, judged)[0]
     other = best.values()[goal.name]
+    if len(record.within()) == len(judged):
+        return ""
     if other == value:
         return "No judged model that breaks a limit is better."
     them, what = ("it", "the limit costs") if len(record.limits) == 1 else ("them", "the limits cost")
@@ -169,14 +199,15 @@ def facts(record: SweepRecord) -> list[tuple[str, str, str]]:
     found = [("Trials", f"{len(record.trials):,}", ", ".join(parts))]
     confirmed = sum(point.confirmed for point in record.front)
     detail = f"{confirmed} confirmed by a second measurement" if confirmed else "not confirmed yet"
-    found.append(("Front", plural(len(record.front), "model"), detail if record.front else ""))
+    gone = f", {len(record.dropped)} dropped by it" if record.dropped else ""
+    found.append(("Front", plural(len(record.front), "model"), detail + gone if record.front or gone else ""))
     if record.hypervolume:
         factor, unit = volume_scale(record)
         below = ", ".join(f"{goal.words} {quantity(goal.reference, goal)}" for goal in record.objectives)
         found.append(("Hypervolume", f"{factor * record.hypervolume[-1]:,.4g} {unit}".rstrip(), f"reference: {below}"))
-    for report in record.latency:
+    for report in record.needed_models():
         figures = [f"R\N{SUPERSCRIPT TWO} {report.model.r2:.3f}" if report.model.r2 is not None else "",
-                   f"{report.model.mape:.1f} % off on average" if report.model.mape is not None else ""]
+                   f"{report.model.mape:.2g} % off on average" if report.model.mape is not None else ""]
         found.append((f"Model of {report.metric.words}", "usable" if report.passed else "not good enough",
                       ", ".join(part for part in (*figures, plural(report.readings, "reading")) if part)))
     if record.space_size is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,13 @@ from search.records import Trial
 Values = Mapping[str, float]
 
 
-def front(trials: Sequence[Trial], references: Values, limits: Values | None = None) -> list[Trial]:
-    """The undominated trials that are no worse than every reference and within every limit, best first in the first
-    objective. Of equal points one is kept."""
-    bounds = [*references.items(), *(limits or {}).items()]
-    good = [trial for trial in trials if trial.results is not None
-            and all(trial.results.get(name, np.inf) <= bound for name, bound in bounds)]  # fmt: skip
-    return [good[i] for i in undominated(_points(good, list(references)))] if good else []
+def front(trials: Sequence[Trial], objectives: Iterable[str], limits: Values | None = None) -> list[Trial]:
+    """The undominated trials that have every objective and keep every limit, best first in the first objective. Of equal
+    points one is kept."""
+    names = list(objectives)
+    good = [trial for trial in trials if trial.results is not None and all(name in trial.results for name in names)
+            and all(trial.results.get(name, np.inf) <= bound for name, bound in (limits or {}).items())]  # fmt: skip
+    return [good[i] for i in undominated(_points(good, names))] if good else []
 
 
 def spread(trials: Sequence[Trial], names: Sequence[str], count: int) -> list[Trial]:

@@ -81,8 +81,19 @@ class Health:
         for _ in range(self.policy.reconnects):
             if member.alive():
                 return True
+            member.reconnect(hard=False)
             self.pause(self.policy.reconnect_s)
-        return member.alive()
+        if member.alive():
+            return True
+        if not self.policy.reboot or not member.reconnect(hard=True):
+            return False
+        self.store.event("rebooted", device=member.name)
+        until = self.clock.now() + self.policy.reboot_s
+        while self.clock.now() < until:
+            self.pause(max(self.policy.reconnect_s, 0.1))
+            if member.alive():
+                return True
+        return False
 
     def wait(self, member: Member) -> None:
         """It is hot or busy: leave it alone for a while."""

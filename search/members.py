@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from search.agent.answer import Answer, AnswerError, parse_answer
 from search.agent.measuring import Gate, Task, measure
-from search.devices.base import Device, Fidelity, MeasureRequest
+from search.devices.base import Device, DeviceError, Fidelity, MeasureRequest
 from search.records import Reading
 from search.statistics import half_width, median, outliers, standard_error
 
@@ -74,6 +74,10 @@ class Policy:
     failures_in_row: int = 3
     reconnects: int = 5
     reconnect_s: float = 2.0
+    reboot: bool = False
+    """Reboot a device that reconnecting did not bring back, where its driver can."""
+    reboot_s: float = 180.0
+    """The longest wait for it to be there again."""
     backoff_s: tuple[float, ...] = (60.0, 300.0, 1500.0)
     gate: Gate = Gate()
     rest_s: float = 0.0
@@ -112,6 +116,17 @@ class Member:
         driver = getattr(self.device, "driver", None)
         check = getattr(self.device, "alive", None) or getattr(driver, "alive", None)
         return True if check is None else bool(check())
+
+    def reconnect(self, hard: bool) -> bool:
+        """Try to bring it back, by a reboot where `hard`; False where there is no such way. `alive` says whether it helped."""
+        again = getattr(getattr(self.device, "driver", None), "reconnect", None)
+        if again is None:
+            return False
+        try:
+            again(hard)
+        except DeviceError as error:
+            log.warning("device %s: %s", self.name, error)
+        return True
 
     def heartbeat(self) -> bool:
         """Whether a remote device is still at it. One that this process drives itself is bounded by its own time limit."""

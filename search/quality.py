@@ -66,11 +66,13 @@ class Scorer(Protocol):
 
 
 def as_score(scorer: Scorer, to_config: Callable[[Mapping[str, Any]], ModelConfig], budget_tokens: int, seed: int) -> Score:
-    """The scorer as a service calls it: candidate in flat form -> named numbers. Its entry `seed`, if any, takes the place of
-    `seed`. Raises Infeasible where the candidate cannot be had, RuntimeError where asking again may help."""
+    """The scorer as a service calls it: candidate in flat form -> named numbers. Its entries `seed` and `budget_tokens`, if
+    any, take the place of the arguments. Raises Infeasible where the candidate cannot be had, RuntimeError where asking again
+    may help."""
 
     def score(candidate: Mapping[str, Any]) -> dict[str, float]:
-        found = scorer.score(to_config(candidate), budget_tokens, int(candidate.get("seed", seed)))
+        budget = int(candidate.get("budget_tokens", budget_tokens))
+        found = scorer.score(to_config(candidate), budget, int(candidate.get("seed", seed)))
         if found.status == "infeasible":
             raise Infeasible(found.reason)
         if found.loss is None:
@@ -194,28 +196,3 @@ class RankAgreement:
         verdict = "used" if self.usable else "not used"
         return (f"short scores are {verdict}: Kendall tau {self.tau:.2f} on {len(self.pairs)} candidates, "
                 f"wanted {self.bar:g} on {self.least}")
-
-
-@dataclass
-class MultiFidelity:
-    """Scores at two budgets while the agreement is being learnt, afterwards the full one only where it is worth it."""
-
-    scorer: Scorer
-    short_tokens: int
-    full_tokens: int
-    agreement: RankAgreement = field(default_factory=RankAgreement)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.short_tokens < self.full_tokens:
-            raise ValueError(f"short_tokens={self.short_tokens}, full_tokens={self.full_tokens}; expected 0 < short < full")
-
-    def score(
-        self, candidate: ModelConfig, seed: int, worth_full: Callable[[Quality], bool]
-    ) -> tuple[Quality, Quality | None]:
-        """(short, full); full is None where the short score was enough: usable, and not `worth_full`, or not `ok`."""
-        short = self.scorer.score(candidate, self.short_tokens, seed)
-        if short.status != "ok" or (self.agreement.usable and not worth_full(short)):
-            return short, None
-        full = self.scorer.score(candidate, self.full_tokens, seed)
-        self.agreement.add(candidate, short, full)
-        return short, full

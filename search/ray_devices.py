@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import tempfile
 import time
 from dataclasses import replace
@@ -50,6 +52,33 @@ class _Actor:
             self.job = ""
 
 
+def open_on_ray(resource: str, spec: str) -> RayDevice:
+    """The device `spec` of the node that has that custom resource; of any node where `resource` is empty.
+
+    The cluster is the one that RAY_ADDRESS names, as in a submitted job. Raises ValueError, DeviceError.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError(f"device ray://{resource}/{spec}: Ray is not installed; install it, or use an agent://") from None
+    if not ray.is_initialized():
+        if not os.environ.get("RAY_ADDRESS"):
+            raise ValueError(f"device ray://{resource}/{spec}: RAY_ADDRESS names no cluster; set it to the head's address, or "
+                             "start the search with ray job submit")  # fmt: skip
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise DeviceError(f"ray://{resource}/{spec}: no cluster at {os.environ['RAY_ADDRESS']} ({said})") from None
+    if resource and resource not in (have := ray.cluster_resources()):
+        known = ", ".join(sorted(name for name in have if not name.startswith(("node:", "CPU", "memory", "object_store"))))
+        raise ValueError(f"device ray://{resource}/{spec}: no node has a resource {resource!r}, the cluster has "
+                         f"{known or 'none'}; start that node with ray start --resources '{{\"{resource}\": 1}}'")  # fmt: skip
+    if resource:  # it waits for its device: what it takes of the node is that, not a core
+        return RayDevice(spec, resources={resource: 1.0}, num_cpus=0.0)
+    return RayDevice(spec)
+
+
 class RayDevice(Device):
     """Implements search.devices.base.Device, and `Remote` for a farm.
 
@@ -64,13 +93,13 @@ class RayDevice(Device):
 
         open_device(spec)  # a wrong name is told here, not by a dead actor
         options = {"num_cpus": num_cpus, "resources": resources or {}, "max_concurrency": 4, "max_restarts": -1}
-        self._spec = spec
+        self._spec, self._where = spec, "+".join(resources or {})
         self._actor = cast(Any, ray.remote(_Actor).options(**options).remote(spec))
         self._name, self._fidelity = self._get(self._actor.greeting.remote(), START_S, "the actor's start")
 
     @property
     def name(self) -> str:
-        return f"ray:{self._name}"
+        return f"ray:{self._where}:{self._name}" if self._where else f"ray:{self._name}"
 
     @property
     def fidelity(self) -> Fidelity:

@@ -14,6 +14,9 @@ TERMINAL: tuple[State, ...] = STATES[2:]
 """ok: has results; infeasible: the candidate cannot be run (crash, out of memory, timeout twice); failed: it could not be
 judged (wrong output, attempts used up); cancelled: nobody wants it any more. Failures never become numbers."""
 
+WORST: tuple[State, ...] = ("infeasible", "failed", "cancelled")
+"""Ends without results."""
+
 Results = Mapping[str, float]
 
 

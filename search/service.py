@@ -11,13 +11,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from search.budgets import TwoBudgets
 from search.devices.base import MeasureRequest
 from search.farm import Farm
 from search.jobs import JobQueue
-from search.records import TERMINAL, Job, Results, State, Trial
+from search.records import TERMINAL, WORST, Job, Results, Trial
 from search.store import Store
 from search.workers import Infeasible, Score, WorkerLost, checked
 
@@ -26,7 +27,6 @@ POLL_S = 0.1
 SCORE_LEASE_S = 7 * 86400.0
 """A training has no time limit of its own here: while the service lives its thread holds the lease, and a new service takes
 all of them back."""
-WORST: tuple[State, ...] = ("infeasible", "failed", "cancelled")
 
 
 class SweepError(ValueError):
@@ -41,7 +41,7 @@ class Optimizer(Protocol):
         ...
 
     def tell(self, token: Any, results: Results | None, noise: Results) -> None:
-        """None for a candidate without results: never a made-up number."""
+        """None for a candidate without results: never a made-up number. A second answer with results corrects the first."""
         ...
 
     def state(self) -> str:
@@ -83,11 +83,15 @@ class Service:
     def __init__(
         self, store: Store, farm: Farm, optimizer: Optimizer, plan: Plan, *, trials: int, scorers: Sequence[Score] = (),
         batch: int = 8, ordered: bool = True, max_attempts: int = 3,
+        on_asked: Callable[[Sequence[Trial], int], None] = lambda made, wanted: None, budgets: TwoBudgets | None = None,
     ) -> None:  # fmt: skip
         """One thread a scorer. `ordered`: tell in the order of trials and ask again when all of a round are told, which
-        makes a sweep repeatable; else tell as they end and keep `batch` of them open."""
+        makes a sweep repeatable; else tell as they end and keep `batch` of them open. `on_asked` notes what a question
+        rested on, in the transaction that makes its trials of it. `budgets`: score briefly first, in full where it is
+        worth it."""
         self.store, self.farm, self.optimizer, self.plan = store, farm, optimizer, plan
         self.trials, self.batch, self.ordered, self.max_attempts = trials, batch, ordered, max_attempts
+        self.on_asked, self.budgets = on_asked, budgets
         self.scorers = list(scorers)
         self.queue = JobQueue(store)
         self._stop = threading.Event()
@@ -131,12 +135,13 @@ class Service:
         if not asked:
             raise SweepError(f"the optimizer has no candidate left after {self.store.num_trials()} trials; widen the space or "
                              "its limits, or ask for fewer trials")  # fmt: skip
-        plans = [self._measures(config) for _, config in asked]
+        plans, told = [self._measures(config) for _, config in asked], len(self.store.told())
         with self.store.transaction():
             made = self.store.add_trials(
-                [(self.plan.key(config), {"token": token, "candidate": dict(config)}) for token, config in asked],
+                [(self.plan.key(config), {"token": token, "candidate": dict(config), "told": told}) for token, config in asked],
                 self.optimizer.state(),
             )
+            self.on_asked(made, wanted)
             for trial, measures in zip(made, plans, strict=True):
                 if isinstance(measures, str):
                     self.store.finish_trial(trial.number, "infeasible", reason=measures)
@@ -153,9 +158,13 @@ class Service:
         for measure in measures:
             self.farm.submit(f"trial/{trial.number}/{measure.name}", measure.request, trial=trial.number,
                              device_class=measure.device_class, expect=measure.expect)  # fmt: skip
-        if self.scorers:
-            self.queue.submit(f"trial/{trial.number}/score", trial.config["candidate"], kind="score", trial=trial.number)
+        scorings = {"score": trial.config["candidate"]} if self.budgets is None else self.budgets.scorings(trial)
+        for name, payload in scorings.items() if self.scorers else ():
+            self._score(trial, name, payload)
         self.store.start_trial(trial.number)
+
+    def _score(self, trial: Trial, name: str, payload: Mapping[str, Any]) -> None:
+        self.queue.submit(f"trial/{trial.number}/{name}", payload, kind="score", trial=trial.number)
 
     def _newest(self, trial: int) -> dict[str, Job]:
         """By measurement name, the jobs whose results count."""
@@ -176,22 +185,47 @@ class Service:
                     self.store.finish_trial(trial.number, state, reason=f"{bad.name}: {bad.reason}")
                 return
         if all(job.state in TERMINAL for job in jobs.values()):
-            results, noise = self._results(jobs)
-            self.store.finish_trial(trial.number, "ok", results, noise)
+            with self.store.transaction():
+                if not self._promoted(trial, jobs):
+                    self.store.finish_trial(trial.number, "ok", *self._results(trial, jobs))
 
-    def _results(self, jobs: Mapping[str, Job]) -> tuple[Results, Results]:
-        measured = {name: job for name, job in jobs.items() if job.kind == "measure"}
-        scores = jobs["score"].results if "score" in jobs else {}
-        return self.plan.results(measured, scores or {})
+    def _promoted(self, trial: Trial, jobs: Mapping[str, Job]) -> bool:
+        """Whether a trial that was scored briefly goes on to its full scoring; which, and why, is an event `judged`."""
+        if self.budgets is None or "short" not in jobs or "score" in jobs:
+            return False
+        measured, _ = self.plan.results(_measured(jobs), {})
+        verdict = self.budgets.judge(trial, jobs["short"].results or {}, measured)
+        self.store.event("judged", trial=trial.number, **asdict(verdict))
+        if verdict.full:
+            self._score(trial, "score", trial.config["candidate"])
+        return verdict.full
+
+    def _results(self, trial: Trial, jobs: Mapping[str, Job]) -> tuple[Results, Results]:
+        full = jobs["score"].results if "score" in jobs else None
+        scores: Results = full or {}
+        deviations: Results = {}
+        if self.budgets is not None and "short" in jobs:
+            scores, deviations = self.budgets.scores(trial, jobs["short"].results or {}, full)
+        results, noise = self.plan.results(_measured(jobs), scores)
+        return results, {**noise, **deviations}
 
     def _amend(self) -> None:
-        """Ended trials whose measurement was done again: the newer numbers count from now on."""
+        """Ended trials whose measurement was done again: the newer numbers count from now on, for the optimizer too."""
         for number in self.queue.remeasured():
             trial, jobs = self.store.trial(number), self._newest(number)
             if trial.state == "ok" and all(job.state == "ok" for job in jobs.values()):
-                results, noise = self._results(jobs)
+                results, noise = self._results(trial, jobs)
                 if results != trial.results:
-                    self.store.amend_trial(number, results, noise)
+                    self._correct(trial, results, noise)
+
+    def _correct(self, trial: Trial, results: Results, noise: Results) -> None:
+        same = [other for other in self.store.trials("ok") if other.duplicate_of == trial.number]
+        for one in (trial, *same):
+            snapshot = None
+            if one.told is not None:
+                self.optimizer.tell(one.config["token"], results, noise)
+                snapshot = self.optimizer.state()
+            self.store.amend_trial(one.number, results, noise, snapshot)
 
     def _tell(self) -> int:
         """How many trials are left untold."""
@@ -226,3 +260,7 @@ class Service:
                     self.queue.put_back(lease, str(error), counts=True)
             else:
                 self.queue.finish(lease, "ok", scores)
+
+
+def _measured(jobs: Mapping[str, Job]) -> dict[str, Job]:
+    return {name: job for name, job in jobs.items() if job.kind == "measure"}

@@ -144,17 +144,24 @@ class Store(Database):
                     settled += self.finish_trial(trial.number, of.state, of.results, of.noise, of.reason)
         return settled
 
-    def amend_trial(self, number: int, results: Results, noise: Results) -> None:
-        """Correct the numbers of an ended trial: its measurement was found to have drifted and was done again."""
+    def amend_trial(self, number: int, results: Results, noise: Results, snapshot: str | None = None) -> None:
+        """Correct the numbers of an ended trial: its measurement was found to have drifted and was done again.
+
+        `snapshot` is the optimizer's state after it was told so, where it had been told the old ones.
+        """
         with self.transaction() as sql:
             before = self.trial(number)
             sql.execute("UPDATE trials SET results = ?, noise = ? WHERE number = ? AND state = 'ok'",
                         (json.dumps(dict(results)), json.dumps(dict(noise)), number))  # fmt: skip
             self.event("amended", trial=number, before=before.results, after=dict(results))
+            if before.told is not None:
+                self.event("told", trial=number, results=dict(results), noise=dict(noise))
+            self._keep_snapshot(sql, snapshot)
 
     def tell(self, number: int, snapshot: str | None = None) -> int:
         """Note that the optimizer was given this trial's answer, with its state after that. Returns the answer's place.
 
+        An event `told` holds what it was given: a trial's numbers may be corrected later, and are then told once more.
         Raises ValueError for a trial that was told before or has not ended.
         """
         with self.transaction() as sql:
@@ -163,6 +170,7 @@ class Store(Database):
                 raise ValueError(f"trial {number} is {trial.state} and told as {trial.told}; an ended trial is told once")
             place = sql.execute("SELECT count(told) FROM trials").fetchone()[0]
             sql.execute("UPDATE trials SET told = ? WHERE number = ?", (place, number))
+            self.event("told", trial=number, results=trial.results, noise=trial.noise)
             self._keep_snapshot(sql, snapshot)
             return place
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,18 +36,16 @@ class Infeasible(ValueError):
 class ProcessScorer:
     """A scoring function behind one process, which is started when it is first needed and again when it has died."""
 
-    def __init__(self, function: str, timeout_s: float | None = None) -> None:
-        """`function` is MODULE:FUNCTION, a `Score` that can be imported."""
-        self.function, self.timeout_s = function, timeout_s
+    def __init__(self, function: str, timeout_s: float | None = None, log: Path | None = None) -> None:
+        """`function` is MODULE:FUNCTION, a `Score` that can be imported. What the process says goes to the end of `log`, by
+        default to this process's standard error."""
+        self.function, self.timeout_s, self.log = function, timeout_s, log
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, config: Mapping[str, Any]) -> Mapping[str, float]:
         """Raises WorkerLost, Infeasible."""
         if self._process is None or self._process.poll() is not None:
-            path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
-            command = [sys.executable, "-m", "search.workers", self.function]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                             env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+            self._process = self._start()
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         limit = threading.Timer(self.timeout_s, process.kill) if self.timeout_s is not None else None
@@ -63,13 +62,21 @@ class ProcessScorer:
                 limit.cancel()
         if not line.endswith("\n"):
             self.close()
-            raise WorkerLost(f"the worker of {self.function} ended with status {process.returncode} before its answer")
+            told = f"; {self.log} has what it said" if self.log is not None else ""
+            raise WorkerLost(f"the worker of {self.function} ended with status {process.returncode} before its answer{told}")
         answer = json.loads(line)
         if "infeasible" in answer:
             raise Infeasible(answer["infeasible"])
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer["scores"]
+
+    def _start(self) -> subprocess.Popen[str]:
+        path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "search.workers", self.function]
+        with nullcontext() if self.log is None else self.log.open("a", encoding="utf-8") as log:
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                                    env={**os.environ, "PYTHONPATH": path})  # fmt: skip
 
     def close(self) -> None:
         if self._process is not None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from stages.wandb_file import held_steps
+
 logger = logging.getLogger(__name__)
 
 # Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets; the longer name comes first.
@@ -84,25 +86,31 @@ def _step_of(line: bytes) -> float:
 
 
 class WandbLog:
-    """An offline (or online) W&B run of one stage, written by a thread of its own.
+    """An offline (or online) W&B run, of a stage or of a search, written by a thread of its own.
 
-    Importing and starting wandb takes over a second, and it may fail in many ways; neither may hold up or end a run.
+    Importing and starting wandb takes over a second, and it may fail in many ways; neither may hold up or end a run. A step
+    that the files of an earlier start hold is not logged again.
     """
 
     def __init__(
-        self, folder: Path, *, mode: str, group: str, name: str, config: dict[str, Any], project: str = "pocketforge"
+        self, folder: Path, *, mode: str, group: str, name: str, config: dict[str, Any], project: str = "pocketforge",
+        axes: dict[str, str] | None = None, elsewhere: str = "metrics.jsonl",
     ) -> None:  # fmt: skip
-        """`mode` is wandb's: offline, online or disabled. Files go to `folder`/wandb."""
+        """`mode` is wandb's: offline, online or disabled. Files go to `folder`/wandb. `axes`: pattern of names -> what they
+        are plotted against in place of the step. `elsewhere`: what else has all numbers, for a warning."""
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._settings: dict[str, Any] = {
             "mode": mode, "group": group, "name": name, "config": config, "dir": str(folder), "project": project,
             "id": _run_id(folder), "resume": "allow",
         }  # fmt: skip
+        self._axes, self._elsewhere = axes or {}, elsewhere
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
         if mode != "disabled":
             self._thread.start()
 
     def write(self, row: dict[str, Any]) -> None:
+        """`step` says which; steps must rise. A value that is a function is given the module wandb and makes what is logged,
+        such as a table, in the thread."""
         self._rows.put(row)
 
     def close(self, timeout_seconds: float = 30.0) -> None:
@@ -111,22 +119,28 @@ class WandbLog:
         if self._thread.ident is not None:
             self._thread.join(timeout_seconds)
             if self._thread.is_alive():
-                logger.warning("wandb did not finish within %.0f s; metrics.jsonl has all numbers", timeout_seconds)
+                logger.warning("wandb did not finish within %.0f s; %s has all numbers", timeout_seconds, self._elsewhere)
 
     def _run(self) -> None:
         try:
             os.environ.setdefault("WANDB_SILENT", "true")
             import wandb
 
-            Path(self._settings["dir"]).mkdir(parents=True, exist_ok=True)
+            folder = Path(self._settings["dir"])
+            folder.mkdir(parents=True, exist_ok=True)
+            held = held_steps(folder, self._settings["id"])
             quiet = wandb.Settings(console="off", x_disable_stats=True, init_timeout=60)
             run = wandb.init(**self._settings, settings=quiet, reinit="create_new")
+            for names, axis in self._axes.items():
+                run.define_metric(names, step_metric=axis)
             while (row := self._rows.get()) is not None:
-                run.log({k: v for k, v in row.items() if k != "stage"}, step=int(row["step"]))
+                if (step := int(row["step"])) not in held:
+                    values = {key: value(wandb) if callable(value) else value for key, value in row.items() if key != "stage"}
+                    run.log(values, step=step, commit=True)
             run.finish()
         except Exception as error:
-            logger.warning("wandb failed (%s: %s); the run goes on, metrics.jsonl has all numbers",
-                           type(error).__name__, str(error).splitlines()[0] if str(error) else "")  # fmt: skip
+            logger.warning("wandb failed (%s: %s); the run goes on, %s has all numbers", type(error).__name__,
+                           str(error).splitlines()[0] if str(error) else "", self._elsewhere)  # fmt: skip
 
 
 def _run_id(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""How tests go to two processes: by file, so that what a file's tests share is made once; all that start Ray to one of them, first.
+"""How tests go to two processes: by file, so that what a file's tests share is made once; all that start Ray to one, first.
 
 pytest-xdist's own `--dist loadgroup` cannot be used: from pytest 9.2 on the marks it reads change nothing.
 """

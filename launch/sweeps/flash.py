@@ -29,7 +29,7 @@ def flash_latency() -> SweepRecipe:
         },
         goal=GoalConfig(ttft_ms=4000.0, loss=3.0),
         quality=QualityConfig(budget_tokens=2_600_000_000, calibration_sequences=4096),
-        device=DeviceConfig(prompt_tokens=2048, readings=100, more=50, max_readings=800),
+        device=DeviceConfig(prompt_tokens=2048, readings=100, more=50, max_readings=800, max_c=37.0),
         trials=200, batch=8, confirm=8,
     )  # fmt: skip
 

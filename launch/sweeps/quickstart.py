@@ -10,24 +10,31 @@ from launch.sweep_config import DeviceConfig, GoalConfig, QualityConfig, SweepRe
 
 
 def quickstart_search() -> SweepRecipe:
-    """Forty candidates cut from an 8-layer backbone, measured here, one picked to be trained on through the stages.
+    """Forty candidates cut from an 8-layer backbone, measured here, one trained on through the stages, packed and measured.
 
     python launch/sweep.py --recipe quickstart_search
+
+    Times are processor time, since the same machine trains meanwhile.
     """
     recipe = quickstart()
     assert recipe.pretrain is not None
+    held_out = tuple(replace(item, max_documents=min(item.max_documents, 24), max_document_bytes=4_000)
+                     for item in recipe.train.held_out)  # fmt: skip
     recipe = replace(
         recipe, name="quickstart_search", model=replace(recipe.model, num_heads=4, num_kv_heads=2, head_dim=32, window=64),
-        pretrain=replace(recipe.pretrain, steps=240), launch=LaunchConfig(workers=1, threads_per_worker=1),
+        pretrain=replace(recipe.pretrain, steps=200), train=replace(recipe.train, held_out=held_out),
+        launch=LaunchConfig(workers=1, threads_per_worker=1),
+        evaluation=replace(recipe.evaluation, limit=40, prompts=recipe.evaluation.prompts[:1]),
     )  # fmt: skip
     return SweepRecipe(
         name="quickstart_search", recipe=recipe,
         space={"num_layers": [3, 4, 5, 6, 7, 8], "hidden_size": [64, 96, 128], "ffn_size": [128, 192, 256, 320, 384],
                "num_heads": [2, 4], "num_kv_heads": [1, 2]},
-        goal=GoalConfig(ttft_ms=4.0, loss=5.4),
-        quality=QualityConfig(budget_tokens=30_000, calibration_sequences=32),
-        device=DeviceConfig(prompt_tokens=192, decode_tokens=16, readings=24, more=8, max_readings=60, max_repeats=15),
-        trials=40, batch=4, confirm=4,
+        goal=GoalConfig(ttft_ms=2.5, loss=6.5),
+        quality=QualityConfig(budget_tokens=20_480, calibration_sequences=32, processes=2),
+        device=DeviceConfig(prompt_tokens=192, decode_tokens=16, readings=24, more=8, max_readings=60, max_repeats=15,
+                            processor_time=True, drift=0.15, cool_s=5.0),
+        trials=40, batch=4, confirm=3, retrain=1, retrain_steps={"pretrain": 60, "midtrain": 40, "sft": 40, "qat": 16},
     )  # fmt: skip
 
 
@@ -43,5 +50,5 @@ def smoke_search() -> SweepRecipe:
         quality=QualityConfig(budget_tokens=512, calibration_sequences=8),
         device=DeviceConfig(names=("model:oneplus_12",), prompt_tokens=64, decode_tokens=4, readings=16, more=4,
                             max_readings=20),
-        trials=6, batch=2, confirm=2,
+        trials=6, batch=2, confirm=2, retrain=1,
     )  # fmt: skip

@@ -106,15 +106,26 @@ class ProgramDevice:
         return parse_thermals(self.driver.run(["sh", "-c", READ_THERMALS], {}, 30.0).out)
 
 
-READ_THERMALS = """cd /sys/class/thermal 2>/dev/null && for z in thermal_zone*; do
+READ_THERMALS = """dumpsys thermalservice 2>/dev/null | sed -n '/Current temp/,/Current cool/p' | grep "Temperature{"
+cd /sys/class/thermal 2>/dev/null && for z in thermal_zone*; do
 echo "zone $(cat $z/type 2>/dev/null) $(cat $z/temp 2>/dev/null)"; done
 for c in /sys/devices/system/cpu/cpu[0-9]*/cpufreq; do
 echo "core $(cat $c/scaling_cur_freq 2>/dev/null) $(cat $c/scaling_max_freq 2>/dev/null)"; done"""
 
 
+ANDROID_CPU = "0"
+"""mType of a processor in Android's thermal service (1 GPU, 2 battery, 3 skin ...)."""
+
+
 def parse_thermals(text: str) -> Thermals:
-    """From what READ_THERMALS prints; lines that make no sense are left out (a sensor may be switched off)."""
-    zones = [(kind, int(value) / 1000) for kind, value in re.findall(r"^zone (\S+) (\d{4,6})$", text, re.MULTILINE)]
+    """From what READ_THERMALS prints; lines that make no sense are left out (a sensor may be switched off).
+
+    Where Android's own service speaks it is believed instead of the kernel's files: those may be closed to a shell.
+    """
+    said = re.findall(r"Temperature\{mValue=(\d{1,3}(?:\.\d+)?), mType=(\d+), mName=([^,]+)", text)
+    zones = [("cpu" if kind == ANDROID_CPU else name.lower(), float(value)) for value, kind, name in said]
+    if not zones:
+        zones = [(kind, int(value) / 1000) for kind, value in re.findall(r"^zone (\S+) (\d{4,6})$", text, re.MULTILINE)]
     hot = [celsius for _, celsius in zones if celsius < 150]
     cpu = [celsius for kind, celsius in zones if celsius < 150 and re.search(r"cpu|soc|tsens|x86_pkg|coretemp", kind)]
     cores = re.findall(r"^core (\d+) (\d+)$", text, re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 from search.devices.base import DeviceError, Fidelity
 from search.devices.driver import Finished, LocalDriver, content_name, cross_program, run_command
 
+log = logging.getLogger(__name__)
 TRANSFER_S = 1800.0
 CALL_S = 60.0
 
@@ -117,6 +119,13 @@ class AdbDriver(RemoteDriver):
 
     def shell(self, command: str, timeout_s: float, stdin: Path | None = None) -> Finished:
         return run_command(["adb", "-s", self.serial, "shell", command], {}, timeout_s, stdin)
+
+    def reconnect(self, hard: bool) -> None:
+        """Ask adb to forget and find the device again; `hard` reboots it. Whether that helped is for `alive` to say."""
+        steps = [["reboot"]] if hard else [["reconnect"], ["reconnect", "offline"]]
+        for step in steps:
+            finished = run_command(["adb", "-s", self.serial, *step], {}, CALL_S)
+            log.info("%s: adb %s: %s", self.name, " ".join(step), (finished.out + finished.err).strip()[:200])
 
     def lost(self, finished: Finished) -> bool:
         return bool(re.match(r"adb: |error: (device|no devices|closed|protocol)", finished.err))

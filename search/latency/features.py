@@ -1,4 +1,4 @@
-"""What a model's time and memory are made of, from its shape alone: work by kind, bytes moved, counts, tile waste.
+"""What a model's time and memory are made of, from its shape alone: work by kind, bytes moved, counts.
 
 The times of a device are close to a weighted sum of these (a roofline has one more kink), the weights being the device's:
 that is why few readings suffice. Units are GFLOP, MB and millions, so that the columns are of similar size.
@@ -18,15 +18,21 @@ Metric = Literal["ttft", "prefill", "decode", "peak_memory"]
 """ttft, prefill: ms of the whole prompt (first token included or not); decode: ms a token; peak_memory: MiB."""
 METRICS: tuple[str, ...] = get_args(Metric)
 UNITS = {"ttft": "ms", "prefill": "ms", "decode": "ms", "peak_memory": "MiB"}
-TILE = 64
-"""Rows that kernels work on together, at most; what is no multiple of it leaves lanes idle."""
+BYTES_A_WEIGHT = 0.5625
+"""Four bits, and a half-precision scale for every 32."""
+KV_BITS = 8
+PANEL = 16
+"""Rows of a matrix that lie together in a packed file: the least that a thread takes."""
 
-WORK = ("ffn_gflop", "projection_gflop", "full_scores_gflop", "window_scores_gflop", "head_gflop", "elementwise_m",
-        "tile_waste_gflop", "uneven_threads_gflop")  # fmt: skip
-BYTES = ("weight_mb", "embedding_mb", "kv_mb", "activation_mb")
+WORK = ("ffn_gflop", "projection_gflop", "full_scores_gflop", "window_scores_gflop", "softmax_m", "head_gflop", "hidden_m",
+        "ffn_m", "query_m", "cache_m", "uneven_threads_gflop")  # fmt: skip
+"""Products by kind; exponentials of scores; elements of what is normed, quantized, added, rotated, gated, stored."""
 COUNTS = ("layers", "attention_layers", "one")
-NAMES = {"ttft": WORK + BYTES + COUNTS, "prefill": WORK + BYTES + COUNTS, "decode": WORK + BYTES + COUNTS,
-         "peak_memory": (*BYTES, "one")}  # fmt: skip
+CACHES_MB = (4, 8, 16)
+"""A token reads all weights once: what is beyond the processor's cache, whose share of it nobody knows, comes from memory."""
+TIMES = (*WORK, "weight_mb", "kv_mb", *COUNTS)
+NAMES = {"ttft": TIMES, "prefill": TIMES, "decode": (*TIMES, *(f"beyond_{size}_mb" for size in CACHES_MB)),
+         "peak_memory": ("weight_mb", "embedding_mb", "kv_mb", "activation_mb", "one")}  # fmt: skip
 
 
 def feature_table(configs: Sequence[ModelConfig], metric: Metric, context: int, threads: int = 1) -> NDArray[np.float64]:
@@ -42,35 +48,39 @@ def feature_table(configs: Sequence[ModelConfig], metric: Metric, context: int, 
 def features(config: ModelConfig, metric: Metric, context: int, threads: int = 1) -> dict[str, float]:
     """By name. A prompt of `context` tokens, or for `decode` one token after so many."""
     tokens = 1 if metric == "decode" else context
+    hidden, ffn, query, cache = config.hidden_size, config.ffn_size, config.query_size, config.kv_size
     kinds = config.attention_kinds * config.block_repeat
-    full, window = kinds.count("full"), kinds.count("window")
+    layers, full, window = len(kinds), kinds.count("full"), kinds.count("window")
     attended = full + window
-    ffn = 3 * config.hidden_size * config.ffn_size * len(kinds)
-    projection = 2 * config.hidden_size * (config.query_size + config.kv_size) * attended
-    seen = _tokens_seen(tokens, context, context)
-    seen_window = _tokens_seen(tokens, context, config.window)
-    elementwise = 4 * config.hidden_size + 3 * config.ffn_size
-    matrices = config.num_params() - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    rows = ((2 * config.ffn_size, config.hidden_size, len(kinds)), (config.hidden_size, config.ffn_size, len(kinds)),
-            (config.query_size + 2 * config.kv_size, config.hidden_size, attended),
-            (config.hidden_size, config.query_size, attended))  # fmt: skip
+    full_pairs = full * _tokens_seen(tokens, context, context)
+    window_pairs = window * _tokens_seen(tokens, context, config.window)
+    rows = ((2 * ffn, hidden, layers), (hidden, ffn, layers), (query + 2 * cache, hidden, attended), (hidden, query, attended))
+    head = config.head_size * hidden
+    embeddings = head if config.tie_embeddings else head + config.vocab_size * hidden
+    weight_mb = 1e-6 * BYTES_A_WEIGHT * (config.num_params() - embeddings)
+    read_mb = weight_mb + 1e-6 * (BYTES_A_WEIGHT * head + config.kv_bytes(context, KV_BITS))
     return {
-        "ffn_gflop": 2e-9 * ffn * tokens,
-        "projection_gflop": 2e-9 * projection * tokens,
-        "full_scores_gflop": 4e-9 * config.query_size * seen * full,
-        "window_scores_gflop": 4e-9 * config.query_size * seen_window * window,
-        "head_gflop": 2e-9 * config.vocab_size * config.hidden_size,
-        "elementwise_m": 1e-6 * tokens * (elementwise * len(kinds) + 2 * (config.query_size + config.kv_size) * attended),
-        "tile_waste_gflop": 2e-9 * tokens * sum(_padding(r, TILE) * k * times for r, k, times in rows),
-        "uneven_threads_gflop": 2e-9 * tokens * sum(_padding(r, 8 * threads) * k * times for r, k, times in rows),
-        "weight_mb": 1e-6 * 0.5625 * matrices * config.block_repeat if metric != "peak_memory" else 1e-6 * 0.5625 * matrices,
-        "embedding_mb": 1e-6 * 0.5625 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2),
-        "kv_mb": 1e-6 * config.kv_bytes(context, 16),
-        "activation_mb": 4e-6 * min(tokens, 512) * (3 * config.hidden_size + 3 * config.ffn_size + 2 * config.query_size),
-        "layers": float(len(kinds)),
+        "ffn_gflop": 2e-9 * tokens * 3 * hidden * ffn * layers,
+        "projection_gflop": 2e-9 * tokens * 2 * hidden * (query + cache) * attended,
+        "full_scores_gflop": 4e-9 * query * full_pairs,
+        "window_scores_gflop": 4e-9 * query * window_pairs,
+        "softmax_m": 1e-6 * config.num_heads * (full_pairs + window_pairs),
+        "head_gflop": 2e-9 * head,
+        "hidden_m": 1e-6 * tokens * hidden * (layers + attended),
+        "ffn_m": 1e-6 * tokens * ffn * layers,
+        "query_m": 1e-6 * tokens * query * attended,
+        "cache_m": 1e-6 * tokens * cache * attended,
+        "uneven_threads_gflop": 2e-9 * tokens * sum((-r % (PANEL * threads)) * k * times for r, k, times in rows),
+        # A block that is repeated comes from memory once; what its work costs each time is counted above.
+        "weight_mb": weight_mb,
+        "embedding_mb": 1e-6 * BYTES_A_WEIGHT * embeddings,
+        "kv_mb": 1e-6 * config.kv_bytes(context, KV_BITS),
+        "activation_mb": 4e-6 * min(tokens, 512) * (3 * hidden + 3 * ffn + 2 * query),
+        "layers": float(layers),
         "attention_layers": float(attended),
         "one": 1.0,
-    }  # fmt: skip
+        **{f"beyond_{size}_mb": max(0.0, read_mb - size) for size in CACHES_MB},
+    }
 
 
 def proxies(config: ModelConfig, metric: Metric, context: int) -> dict[str, float]:
@@ -85,7 +95,3 @@ def _tokens_seen(tokens: int, context: int, window: int) -> float:
         return float(min(context, window))
     short = min(tokens, window)
     return short * (short + 1) / 2 + (tokens - short) * window
-
-
-def _padding(rows: int, tile: int) -> int:
-    return -rows % tile

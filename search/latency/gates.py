@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau, spearmanr
 
 Array = NDArray[np.float64]
 LIMITS: dict[str, tuple[float, float]] = {
@@ -71,6 +70,8 @@ def make_report(kind: str, truth: Array, mean: Array, deviation: Array, folds: i
 
 def errors(values: Array, predicted: Array) -> dict[str, float]:
     """r2, mape, within_10, within_5, spearman, kendall of predictions of positive values."""
+    from scipy.stats import kendalltau, spearmanr  # half of what `sweep.py status` would take to start
+
     off = np.abs(predicted / values - 1)
     spread = float(((values - values.mean()) ** 2).sum())
     return {

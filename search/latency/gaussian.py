@@ -66,6 +66,11 @@ class GaussianProcess:
         """The same fitted parameters given other points, without fitting anew: for cross-validation."""
         return GaussianProcess(inputs, targets, variances, self.state())
 
+    @property
+    def extra_noise(self) -> float:
+        """Variance of a reading around the function, beyond its known error: what differs from one session to the next."""
+        return float(self._model.likelihood.second_noise.item()) * self._scale**2
+
     def predict(self, inputs: Array) -> tuple[Array, Array]:
         """Mean and standard deviation of the function, without the noise of a reading: [points] each."""
         mean, covariance = self.joint(inputs, diagonal=True)

@@ -7,7 +7,7 @@ never mixed. Everything is fitted to the log of the value. `report()` says by cr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from modeling.config import ModelConfig
 from search.devices.base import Fidelity
-from search.latency.features import METRICS, UNITS, Metric, feature_table
+from search.latency.features import feature_table
 from search.latency.gates import Report, make_report
 from search.latency.gaussian import GaussianProcess
 from search.latency.linear import fit_linear, predict_linear, robust_spread
+from search.latency.part import Part
+from search.latency.reading import MIN_READINGS, Key, Reading, check_readings, log_variances
 
 Array = NDArray[np.float64]
 KINDS = ("linear", "gp", "linear+gp")
@@ -26,42 +28,14 @@ KINDS = ("linear", "gp", "linear+gp")
 TRANSFERRED = ("scale", "scale+gp")
 """Of a new device: an older model's prediction times one factor; a process over what that leaves."""
 FOLDS = 5
-MIN_READINGS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """What one model is for."""
-
-    device_class: str
-    runtime: str
-    threads: int
-    metric: Metric
-    context: int
-    """Tokens of the prompt, or before the decoded one."""
-
-    def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise ValueError(f"metric {self.metric!r} is unknown; expected one of {', '.join(METRICS)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What was measured of one architecture."""
-
-    config: ModelConfig
-    value: float
-    """Of the key's metric: ms, or MiB for peak_memory. A median of repeats."""
-    std_error: float | None = None
-    """Of that value, in its unit; None where it is not known."""
-    fidelity: Fidelity
+NOUGHT = 0.01
 
 
 class LatencyModel:
     """Made by `LatencyModel.fit`; `predict` gives mean and deviation in the metric's unit."""
 
     def __init__(self, key: Key, readings: Sequence[Reading], prior: LatencyModel | None = None) -> None:
-        _check(key, readings)
+        check_readings(key, readings)
         self.key, self.readings, self.prior = key, list(readings), prior
         self.fidelity: Fidelity = readings[0].fidelity
         self.kind = "linear"
@@ -70,15 +44,17 @@ class LatencyModel:
         self._configs = [reading.config for reading in readings]
         self._values = np.array([reading.value for reading in readings])
         self._features = self._table(self._configs)
-        self._variances = _log_variances(readings)
-        self._parts: dict[str, _Part] = {}
+        self._units = np.maximum(self._features.max(axis=0), 1e-12)
+        self._errors = log_variances(readings)
+        self._variances = self._errors
+        self._parts: dict[str, Part] = {}
 
     @classmethod
     def fit(cls, key: Key, readings: Sequence[Reading], prior: LatencyModel | None = None) -> LatencyModel:
         """The kind with the smallest cross-validated error. Raises ValueError for too few, mixed or impossible readings."""
         model = cls(key, readings, prior)
         outliers = model._flag_outliers()
-        kinds = KINDS if prior is None else TRANSFERRED + (KINDS if len(readings) >= 3 * MIN_READINGS else ())
+        kinds = KINDS if prior is None else TRANSFERRED + KINDS
         errors = {}
         for kind in kinds:
             model._parts[kind] = model._fit_part(kind)
@@ -97,17 +73,28 @@ class LatencyModel:
         return np.exp(mean), np.exp(mean) * deviation * self.band
 
     def interval(self, configs: Sequence[ModelConfig], deviations: float = 1.96) -> tuple[Array, Array]:
-        """Lower and upper end of the band (95 % by default), [configs] each; around the log, so never below 0."""
-        mean, deviation = self._predict_log(self.kind, self._parts[self.kind], configs)
-        half = deviations * deviation * self.band
+        """Lower and upper end of the band that holds a reading (95 % by default), [configs] each; never below 0.
+
+        Wider than the deviations of `predict`, which are of the true value: a reading has an error of its own.
+        """
+        part = self._parts[self.kind]
+        mean, deviation = self._predict_log(self.kind, part, configs)
+        half = deviations * self.band * _of_reading(part, deviation, np.full(len(configs), np.median(self._errors)))
         return np.exp(mean - half), np.exp(mean + half)
+
+    def inputs(self, configs: Sequence[ModelConfig]) -> Array:
+        """[configs, columns]: what a process sees: logs of each feature's share of the largest read.
+
+        Nought stays finite, and not far off: a model may have no window layer.
+        """
+        return np.log(self._table(configs) / self._units + NOUGHT)
 
     def correlation(self, configs: Sequence[ModelConfig]) -> Array:
         """[configs, configs]: how far the errors of two predictions go together; the identity where that is unknown."""
         part = self._parts[self.kind]
         if part.process is None:
             return np.eye(len(configs))
-        _, covariance = part.process.joint(_logs(self._table(configs)))
+        _, covariance = part.process.joint(self.inputs(configs))
         deviation = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
         return np.clip(covariance / deviation[:, None] / deviation[None, :], -1, 1)
 
@@ -127,9 +114,12 @@ class LatencyModel:
         return feature_table(configs, self.key.metric, self.key.context, self.key.threads)
 
     def _flag_outliers(self) -> NDArray[np.bool_]:
-        """Readings far off the robust sum get the variance of their distance: kept, but without weight."""
-        base = self.prior.predict(self._configs)[0] if self.prior is not None else None
-        fitted = base if base is not None else predict_linear(
+        """Readings far off the robust sum get the variance of their distance: kept, but without weight.
+
+        Few readings cannot bear out a sum of so many columns: then it is the older device's model they are held against.
+        """
+        few = len(self._values) < 3 * MIN_READINGS
+        fitted = self.prior.predict(self._configs)[0] if self.prior is not None and few else predict_linear(
             self._features, fit_linear(self._features, self._values, self._variances), 0.1 * self._values.min())
         residual = np.log(self._values) - np.log(fitted)
         residual -= np.median(residual)
@@ -137,24 +127,24 @@ class LatencyModel:
         self._variances = np.where(flagged, self._variances + residual**2, self._variances)
         return flagged
 
-    def _fit_part(self, kind: str, points: NDArray[np.intp] | None = None, fitted: _Part | None = None) -> _Part:
+    def _fit_part(self, kind: str, points: NDArray[np.intp] | None = None, fitted: Part | None = None) -> Part:
         """On all readings or on `points`; with `fitted` its process parameters are taken over, not fitted anew."""
         points = np.arange(len(self._values)) if points is None else points
         features, values, variances = self._features[points], self._values[points], self._variances[points]
-        part = _Part(floor=0.1 * float(values.min()))
+        part = Part(floor=0.1 * float(values.min()))
         if kind.startswith("linear"):
             part.weights = fit_linear(features, values, variances)
         left = np.log(values) - self._offset(kind, part, [self._configs[i] for i in points], features)
-        part.shift = _weighted_median(left, variances)
+        part.shift = weighted_median(left, variances)
         part.spread = robust_spread(left)
         if kind.endswith("gp"):
-            inputs, left = _logs(features), left - part.shift
+            inputs, left = self.inputs([self._configs[i] for i in points]), left - part.shift
             previous = fitted.process if fitted is not None else None
             part.process = (GaussianProcess(inputs, left, variances) if previous is None
                             else previous.parameters_for(inputs, left, variances))  # fmt: skip
         return part
 
-    def _offset(self, kind: str, part: _Part, configs: Sequence[ModelConfig], features: Array) -> Array:
+    def _offset(self, kind: str, part: Part, configs: Sequence[ModelConfig], features: Array) -> Array:
         """The log that a process is fitted around."""
         if kind.startswith("linear"):
             assert part.weights is not None
@@ -164,12 +154,12 @@ class LatencyModel:
             return np.log(self.prior.predict(configs)[0])
         return np.zeros(len(configs))
 
-    def _predict_log(self, kind: str, part: _Part, configs: Sequence[ModelConfig]) -> tuple[Array, Array]:
+    def _predict_log(self, kind: str, part: Part, configs: Sequence[ModelConfig]) -> tuple[Array, Array]:
         features = self._table(configs)
         mean = self._offset(kind, part, configs, features) + part.shift
         if part.process is None:
             return mean, np.full(len(configs), part.spread)
-        more, deviation = part.process.predict(_logs(features))
+        more, deviation = part.process.predict(self.inputs(configs))
         return mean + more, deviation
 
     def _cross_validate(self, kind: str) -> tuple[Array, Array]:
@@ -183,8 +173,8 @@ class LatencyModel:
             held = order[fold::FOLDS]
             part = self._fit_part(kind, np.setdiff1d(order, held), self._parts[kind])
             mean[held], deviation[held] = self._predict_log(kind, part, [self._configs[i] for i in held])
-        # The spread of the sum was taken from readings, so their noise is in it already.
-        return mean, np.sqrt(deviation**2 + (self._variances if kind.endswith("gp") else 0))
+            deviation[held] = _of_reading(part, deviation[held], self._errors[held])
+        return mean, deviation
 
     def _calibrate(self) -> None:
         mean, deviation = self._cross_validate(self.kind)
@@ -211,35 +201,22 @@ class LatencyModel:
             model = cls(Key(**state["key"]), readings, prior)
             model.kind, model.band = state["kind"], float(state["band"])
             model._variances = np.array(state["variances"], dtype=np.float64)
-            part = _Part.load(state["part"])
+            part = Part.load(state["part"])
             if (process := state["part"]["process"]) is not None:
                 left = np.log(model._values) - model._offset(model.kind, part, model._configs, model._features) - part.shift
-                part.process = GaussianProcess(_logs(model._features), left, model._variances, process)
+                part.process = GaussianProcess(model.inputs(model._configs), left, model._variances, process)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"not the state of a latency model ({error}); fit it anew from the readings") from None
         model._parts = {model.kind: part}
         return model
 
 
-@dataclass
-class _Part:
-    """What was fitted of one kind."""
+def _of_reading(part: Part, deviation: Array, errors: Array) -> Array:
+    """Deviation of a reading from that of the function; errors: variances of its log, [points].
 
-    floor: float
-    weights: Array | None = None
-    shift: float = 0.0
-    spread: float = 0.0
-    process: GaussianProcess | None = None
-
-    def state(self) -> dict[str, Any]:
-        return {"floor": self.floor, "weights": None if self.weights is None else self.weights.tolist(),
-                "shift": self.shift, "spread": self.spread,
-                "process": None if self.process is None else self.process.state()}  # fmt: skip
-
-    @classmethod
-    def load(cls, state: dict[str, Any]) -> _Part:
-        weights = None if state["weights"] is None else np.array(state["weights"], dtype=np.float64)
-        return cls(float(state["floor"]), weights, float(state["shift"]), float(state["spread"]))
+    The spread of a sum was taken from readings, so their noise is in it already.
+    """
+    return deviation if part.process is None else np.sqrt(deviation**2 + errors + part.process.extra_noise)
 
 
 def band_factor(distances: Array) -> float:
@@ -247,29 +224,7 @@ def band_factor(distances: Array) -> float:
     return float(np.clip(np.quantile(distances, 0.95) / 1.96, 0.5, 10))
 
 
-def _check(key: Key, readings: Sequence[Reading]) -> None:
-    if len(readings) < MIN_READINGS:
-        raise ValueError(f"{len(readings)} readings are too few for a latency model; measure at least {MIN_READINGS}")
-    if len(fidelities := sorted({reading.fidelity for reading in readings})) > 1:
-        raise ValueError(f"readings of fidelity {' and '.join(fidelities)} cannot be mixed; fit one model for each")
-    if wrong := [reading.value for reading in readings if not (np.isfinite(reading.value) and reading.value > 0)]:
-        raise ValueError(f"a reading of {key.metric} is {wrong[0]}; expected a value above 0 {UNITS[key.metric]}")
-
-
-def _log_variances(readings: Sequence[Reading]) -> Array:
-    """Of the log of each value; where no error is known the median of the others, or 2 %."""
-    known = [None if reading.std_error is None else (reading.std_error / reading.value) ** 2 for reading in readings]
-    given = [value for value in known if value is not None]
-    usual = float(np.median(given)) if given else 0.02**2
-    return np.maximum([usual if value is None else value for value in known], 1e-6)
-
-
-def _logs(features: Array) -> Array:
-    """Zero stays finite: a model may have no window layer."""
-    return np.log(features + 1e-3)
-
-
-def _weighted_median(values: Array, variances: Array) -> float:
+def weighted_median(values: Array, variances: Array) -> float:
     order = np.argsort(values)
     share = np.cumsum(1 / variances[order])
     return float(values[order][np.searchsorted(share, share[-1] / 2)])

@@ -12,8 +12,8 @@ import numpy as np
 
 from modeling.config import ModelConfig
 from search.latency.acquire import front_chance
-from search.latency.features import feature_table
-from search.latency.model import MIN_READINGS, Key, LatencyModel, Reading
+from search.latency.model import LatencyModel
+from search.latency.reading import MIN_READINGS, Key, Reading
 
 USUAL_READINGS = (10, 50)
 
@@ -43,7 +43,7 @@ def first_readings(old: LatencyModel, pool: Sequence[ModelConfig], loss: np.ndar
     spread = float(np.std(loss)) or 1.0
     draw = np.random.default_rng(seed)
     chance = front_chance(np.log(mean), np.maximum(deviation / mean, 0.1), loss, 0.3 * spread, draw)
-    logs = np.log(feature_table(pool, old.key.metric, old.key.context, old.key.threads) + 1e-3)
+    logs = old.inputs(pool)
     place = (logs - logs.mean(axis=0)) / np.maximum(logs.std(axis=0), 1e-9)
     picked = [int(chance.argmax())]
     distance = np.linalg.norm(place - place[picked[0]], axis=1)

@@ -93,7 +93,8 @@ class Optimizer(Protocol):
         ...
 
     def tell(self, token: int, values: Values | None, noise: Values | None = None) -> None:
-        """The answer to a question; None for a failure, which never becomes a value. Raises ValueError."""
+        """The answer to a question; None for a failure, which never becomes a value. Values told a second time correct
+        the first, as when a device was found to have drifted. Raises ValueError."""
         ...
 
     def attach(self, config: Flat, values: Values | None, noise: Values | None = None) -> int:
@@ -134,6 +135,9 @@ class Book:
     def _learn(self, trial: Trial) -> None:
         """A trial ended."""
 
+    def _correct(self, trial: Trial) -> None:
+        """A trial that ended well has other values now."""
+
     def _asked(self, trials: Sequence[Trial]) -> None:
         """These proposals became trials."""
 
@@ -163,11 +167,15 @@ class Book:
         if not (isinstance(token, int) and 0 <= token < len(self.trials)):
             raise ValueError(f"token {token!r} was never given out; tell tokens that ask() or attach() returned")
         trial = self.trials[token]
-        if trial.status != "pending":
-            raise ValueError(f"token {token} was told already ({trial.status}); each ends once")
+        corrects = trial.status == "ok" and values is not None
+        if trial.status != "pending" and not corrects:
+            raise ValueError(f"token {token} was told already ({trial.status}); each ends once, only values may be corrected")
         trial.values, trial.noise = self._checked(values), None if noise is None else {k: float(v) for k, v in noise.items()}
         trial.status = "failed" if values is None else "ok"
-        self._learn(trial)
+        if corrects:
+            self._correct(trial)
+        else:
+            self._learn(trial)
 
     def attach(self, config: Flat, values: Values | None, noise: Values | None = None) -> int:
         canonical = self.domain.canonical(config)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from search.optim.base import Book, Domain, Goal
 
-KINDS = ("staged", "botorch", "tpe", "optuna-nsga2", "nsga2", "random")
+Kind = Literal["staged", "botorch", "tpe", "optuna-nsga2", "nsga2", "random"]
+KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def make_optimizer(kind: str, domain: Domain, goal: Goal, seed: int, **options: Any) -> Book:

@@ -36,6 +36,8 @@ class OptunaBook(Book):
         self.kind = kind
         self._study = self._new_study()
         self._open: dict[int, Any] = {}
+        self._told: dict[int, list[int]] = {}
+        """By token, the numbers of the library's trials that have its values: its own, and what was proposed again."""
         self._proposed: list[Any] = []
 
     def _new_study(self) -> Any:
@@ -80,6 +82,8 @@ class OptunaBook(Book):
         """A duplicate gets the values that are known; what is pending or infeasible fails."""
         self.duplicates += key in self.closed()
         known = next((other for other in self.trials if other.key == key and other.values is not None), None)
+        if known is not None:
+            self._told.setdefault(known.token, []).append(trial.number)
         self._finish(trial, None if known is None else known.values)
 
     def _asked(self, trials: Sequence[Trial]) -> None:
@@ -95,7 +99,19 @@ class OptunaBook(Book):
             running = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, params=params,
                                                 distributions=self._distributions())  # fmt: skip
             theirs = self._add(running)
+        self._told.setdefault(trial.token, []).append(theirs.number)
         self._finish(theirs, trial.values)
+
+    def _correct(self, trial: Trial) -> None:
+        """The library's trials end once, so the study is made anew, with these trials still to be ended."""
+        state, mine = self.state(), self._told[trial.token]
+        for number in mine:
+            old = state["study"][number]
+            kept = {name: value for name, value in old["system"].items() if not name.startswith("constraints:")}
+            state["study"][number] = {**old, "state": "RUNNING", "values": None, "system": kept}
+        added = self._restore(state)
+        for number in mine:
+            self._finish(added[number], trial.values)
 
     def _add(self, frozen: Any) -> Any:
         import optuna
@@ -117,17 +133,24 @@ class OptunaBook(Book):
     def state(self) -> dict[str, Any]:
         trials = [{"state": t.state.name, "params": t.params, "values": t.values, "system": t.system_attrs}
                   for t in self._study.get_trials(deepcopy=False)]  # fmt: skip
-        return {**super().state(), "study": trials, "open": {str(token): trial.number for token, trial in self._open.items()}}
+        return {**super().state(), "study": trials, "told": {str(token): numbers for token, numbers in self._told.items()},
+                "open": {str(token): trial.number for token, trial in self._open.items()}}  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        self._told = {int(token): list(numbers) for token, numbers in state["told"].items()}
+        self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> list[Any]:
+        """The study of a state; its trials."""
         import optuna
 
-        super().load(state)
         self._study = self._new_study()
         added = [self._add(optuna.trial.create_trial(
             state=optuna.trial.TrialState[item["state"]], params=item["params"], distributions=self._distributions(),
             values=item["values"], system_attrs=item["system"])) for item in state["study"]]
         self._open = {int(token): added[number] for token, number in state["open"].items()}
+        return added
 
 
 class PymooNSGA2(Book):

@@ -337,6 +337,9 @@ def test_thermals_are_read_from_what_a_device_prints():
     text = ("zone battery 31000\nzone cpu-0-0 45200\nzone cpu-1 -274000\nzone gpu \nzone cpu-2 999000\n"
             "core 1800000 2000000\ncore\n")  # fmt: skip
     assert parse_thermals(text) == Thermals(45.2, (1800.0,), (2000.0,))
+    said = """  Temperature{mValue=38.5, mType=0, mName=CPU0, mStatus=0}
+    Temperature{mValue=31.2, mType=2, mName=battery, mStatus=0}\n""" + text
+    assert parse_thermals(said) == Thermals(38.5, (1800.0,), (2000.0,)), "Android's own service comes first"
     assert parse_thermals("zone battery 31000\n").max_c == 31.0 and parse_thermals("") == Thermals()
 
 

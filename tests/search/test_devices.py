@@ -11,12 +11,16 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
+from search.agent.measuring import Task, measure
 from search.devices import DeviceError, MeasureRequest, open_device
 from search.devices.base import REQUIRED, parse_output
-from search.devices.driver import run_command
+from search.devices.driver import ProgramDevice, run_command
+from search.devices.remote import AdbDriver, SshDriver
+from search.reference_output import ReferenceOutput
 from tests.helpers.packed_models import CONFIGS, packed
 
 # Runs here what it is told to run there, in a folder of its own; `adb push A B` copies. Notes every call.
@@ -217,3 +221,38 @@ def test_bad_input_to_measure_is_one_line_and_status_2(model, tmp_path, argument
     done = command("measure", *given, "--output", "m.json", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
     assert not (tmp_path / "m.json").exists()
+
+
+def test_a_device_that_computes_something_else_is_found_by_this_machines_own_output(fake, model):
+    here = open_device("local")
+    reference, asked = ReferenceOutput(here), request(model, repeats=3, kv="int8")
+    right = reference(asked)
+    phone = ProgramDevice(SshDriver("user@phone"))
+    answer = measure(phone, Task(request=asked, warmup=1, expect=right))
+    assert answer.status in ("ok", "contended") and answer.output_hash == right
+    other = reference(replace(asked, prompt_tokens=7))
+    assert other != right and measure(phone, Task(request=asked, expect=other)).status == "bad_output"
+    assert ReferenceOutput(ProgramDevice(SshDriver("user@phone")))(asked) == right, "kept beside the model"
+
+
+def test_where_this_machine_cannot_run_models_outputs_are_not_checked(model, tmp_path, caplog):
+    class Broken:
+        name, fidelity, calls = "local", "host", 0
+
+        def measure(self, request):
+            self.calls += 1
+            raise DeviceError("pocketforge-run is not there")
+
+    copy = tmp_path / "m.pocket"
+    copy.write_bytes(model.read_bytes())
+    device = Broken()
+    reference = ReferenceOutput(device)
+    assert reference(request(copy)) is None and reference(request(copy)) is None and device.calls == 1
+    assert "outputs of devices are not checked: pocketforge-run is not there" in caplog.text
+
+
+def test_adb_is_asked_to_reconnect_and_to_reboot(fake):
+    phone = AdbDriver("R5CT")
+    phone.reconnect(hard=False)
+    phone.reconnect(hard=True)
+    assert (fake / "calls").read_text().splitlines() == ["-s R5CT reconnect", "-s R5CT reconnect offline", "-s R5CT reboot"]

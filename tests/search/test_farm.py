@@ -452,3 +452,37 @@ def test_statistics_of_raw_repeats():
     assert half_width([1.0]) == 0.0 == standard_error([1.0]) and half_width([1.0] * 5) == 0.0
     wide, narrow = [1.0, 1.1, 0.9, 1.2, 0.8], [1.0, 1.01, 0.99, 1.02, 0.98]
     assert half_width(wide) == pytest.approx(10 * half_width(narrow), rel=0.05) and standard_error(wide) > 0.05
+
+
+class Phone(Scripted):
+    """Gone until it is rebooted, and for a minute after that."""
+
+    def __init__(self, name, fleet, helps):
+        super().__init__(name, fleet, *[DeviceError("usb")] * 2)
+        self.driver, self.helps, self.asked, self.back = self, helps, [], float("inf")
+
+    def alive(self):
+        return len(self.asked) == 0 or self.clock.now() >= self.back
+
+    def reconnect(self, hard):
+        self.asked.append(hard)
+        if hard and self.helps:
+            self.back = self.clock.now() + 60.0
+
+    def measure(self, request):
+        if not self.script:
+            return super().measure(request)
+        self.asked = self.asked or [False]
+        raise self.script.pop()
+
+
+@pytest.mark.parametrize(("allowed", "helps", "rebooted"), [(True, True, True), (False, True, False), (True, False, True)])
+def test_a_phone_that_reconnecting_does_not_bring_back_is_rebooted_where_that_is_allowed(fleet, allowed, helps, rebooted):
+    phone = Phone("a", fleet, helps)
+    phone.script = phone.script[:1]
+    farm = fleet.farm(phone, policy=Policy(reboot=allowed))
+    (number,) = fleet.submit(farm)
+    play(farm, 2000)
+    assert phone.asked.count(False) > 1 and (True in phone.asked) == rebooted == bool(fleet.store.events("rebooted"))
+    assert (job(farm, number).state == "ok") == (allowed and helps)
+    assert bool(fleet.store.events("quarantined")) != (allowed and helps)

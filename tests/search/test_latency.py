@@ -13,9 +13,10 @@ pytest.importorskip("botorch")
 
 from modeling.config import ModelConfig  # noqa: E402
 from search.devices.modelled import Profile, Shape, load_profile, operation_times  # noqa: E402
-from search.latency import acquire, features, model, transfer  # noqa: E402
+from search.latency import acquire, features, transfer  # noqa: E402
 from search.latency.gates import errors  # noqa: E402
-from search.latency.model import Key, LatencyModel, Reading  # noqa: E402
+from search.latency.model import LatencyModel  # noqa: E402
+from search.latency.reading import MIN_READINGS, Key, Reading  # noqa: E402
 from search.space import Space  # noqa: E402
 
 SPACE = Space.from_dict({
@@ -156,7 +157,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(ValueError, match="fidelity analytic and host cannot be mixed"):
         LatencyModel.fit(KEY, [*good, replace(good[0], fidelity="host")])
     with pytest.raises(ValueError, match="too few"):
-        LatencyModel.fit(KEY, good[: model.MIN_READINGS - 1])
+        LatencyModel.fit(KEY, good[: MIN_READINGS - 1])
     with pytest.raises(ValueError, match="expected a value above 0 ms"):
         LatencyModel.fit(KEY, [*good, replace(good[0], value=float("nan"))])
     with pytest.raises(ValueError, match="metric 'warmth' is unknown"):
@@ -176,3 +177,26 @@ def test_features_count_what_the_config_counts() -> None:
     longer = [features.features(config, "ttft", 1024)["window_scores_gflop"] for config in configs(5, 10)]
     shorter = [features.features(config, "ttft", 512)["window_scores_gflop"] for config in configs(5, 10)]
     assert all(b <= 2.4 * a for a, b in zip(shorter, longer, strict=True))  # linear beyond the window, not quadratic
+
+
+def test_a_repeated_block_works_twice_and_is_stored_once() -> None:
+    (config,) = configs(1, 11)
+    once, twice = (features.features(replace(config, block_repeat=times), "decode", 512) for times in (1, 2))
+    for name in ("ffn_gflop", "projection_gflop", "softmax_m", "hidden_m", "cache_m", "layers", "kv_mb"):
+        assert twice[name] == pytest.approx(2 * once[name]), name
+    for name in ("weight_mb", "head_gflop", "embedding_mb"):
+        assert twice[name] == once[name], name
+
+
+def test_scores_cost_by_width_and_by_head() -> None:
+    config = replace(configs(1, 12)[0], num_heads=4, num_kv_heads=4, head_dim=64)
+    wide = features.features(config, "ttft", 512)
+    narrow = features.features(replace(config, num_heads=8, head_dim=32), "ttft", 512)
+    assert narrow["full_scores_gflop"] == wide["full_scores_gflop"] and narrow["softmax_m"] == 2 * wide["softmax_m"]
+
+
+def test_uneven_threads_are_panels_that_cannot_be_shared_out() -> None:
+    config = replace(configs(1, 13)[0], hidden_size=256, ffn_size=528, num_heads=4, num_kv_heads=1, head_dim=32)
+    waste = [features.features(config, "ttft", 512, threads)["uneven_threads_gflop"] for threads in (1, 2, 4)]
+    # Of 1056, 256, 192 and 256 rows only the first are no multiple of 4 panels: 32 rows lack.
+    assert waste == [0, 0, pytest.approx(2e-9 * 512 * 32 * 256 * config.num_layers)]

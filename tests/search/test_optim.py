@@ -170,6 +170,50 @@ def test_bad_answers_and_states_are_refused() -> None:
         Goal(objectives={})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_corrected_answer_takes_the_place_of_the_first(kind: str) -> None:
+    goal = Goal(objectives={"loss": 2.0, "time": 60.0}, limits={"size": 4.0})
+
+    def corrected(wrong: float) -> Book:
+        """Tells one trial's time wrongly, goes on, corrects it."""
+        search = make(kind, goal)
+        play(search, 3)
+        truth = search.trials[2].values
+        assert truth is not None
+        for token, flat in search.ask(1):
+            search.tell(token, {**evaluate(flat), "size": 9.0, "time": wrong})
+            pending = search.ask(1)
+            search.tell(token, {name: evaluate(flat)[name] for name in goal.metrics}, {"time": 0.5})
+            assert search.trials[token].noise == {"time": 0.5}
+            search.tell(pending[0][0], None)
+        return search
+
+    one, other = corrected(1.0), corrected(1.0)
+    again = make(kind, goal)
+    again.load(json.loads(json.dumps(one.state())))
+    assert play(again, 2) == play(other, 2), "the state holds the correction"
+    with pytest.raises(ValueError, match="only values may be corrected"):
+        one.tell(12, None)
+    values = {trial.token: trial.values for trial in one.trials}
+    assert all(value is None or value == {name: evaluate(one.trials[token].config)[name] for name in goal.metrics}
+               for token, value in values.items())  # fmt: skip
+
+
+def test_a_correction_reaches_the_librarys_own_trials_and_what_it_proposed_again() -> None:
+    small = Domain(choices={"depth": [2, 3], "width": [32, 64, 96]})
+    search = make_optimizer("tpe", small, Goal(objectives={"loss": 2.0}, limits={"time": 3.0}), 0)
+    for _ in range(5):
+        for token, flat in search.ask(1):
+            search.tell(token, {"loss": float(flat["depth"]), "time": 9.0})
+    assert search.duplicates, "nothing was proposed twice: nothing is shown"
+    for trial in list(search.trials):
+        search.tell(trial.token, {"loss": 10.0 + trial.config["depth"], "time": 1.0})
+    study = search.state()["study"]
+    ended = [trial for trial in study if trial["state"] == "COMPLETE"]
+    assert len(ended) == len(search.trials) + search.duplicates
+    assert all(trial["values"][0] > 10 and trial["system"]["constraints:time"] == -2.0 for trial in ended)
+
+
 def test_our_space_as_a_domain() -> None:
     space = Space.from_dict({
         "num_layers": [2, 3, 4], "hidden_size": [64, 96], "ffn_size": [128, 256], "num_heads": [2, 4], "num_kv_heads": [1, 2],

@@ -11,12 +11,12 @@ import pytest
 from modeling.config import ModelConfig
 from modeling.identity import config_key
 from search.quality import (
-    MultiFidelity,
     Quality,
     RankAgreement,
     SyntheticScorer,
     TabulatedScorer,
     TrainedScorer,
+    as_score,
     kendall_tau,
 )
 
@@ -101,23 +101,9 @@ def test_short_scores_are_used_only_when_they_rank_and_on_enough_candidates():
     assert not agreement.usable and "not used" in agreement.explain()
 
 
-def test_two_budgets_are_spent_until_the_ranking_is_known():
-    budgets = []
-
-    class Counting(SyntheticScorer):
-        def score(self, candidate: ModelConfig, budget_tokens: int, seed: int) -> Quality:
-            budgets.append(budget_tokens)
-            return super().score(candidate, budget_tokens, seed)
-
-    both = MultiFidelity(Counting(), 10**5, 10**6)
-    for candidate in CANDIDATES[:20]:
-        _, full = both.score(candidate, 0, lambda _: False)
-        assert full is not None
-    assert both.agreement.usable
-    short, full = both.score(CANDIDATES[20], 0, lambda quality: quality.loss < 0)
-    assert short.tokens == 10**5 and full is None
-    _, full = both.score(CANDIDATES[21], 0, lambda quality: quality.loss > 0)
-    assert full is not None and full.tokens == 10**6
-    assert budgets.count(10**6) == 21 and budgets.count(10**5) == 22
-    with pytest.raises(ValueError, match="short < full"):
-        MultiFidelity(Counting(), 10, 10)
+def test_a_candidate_may_name_its_own_budget_and_seed():
+    score = as_score(SyntheticScorer(noise=0.01), lambda flat: replace(BASE, num_layers=flat["num_layers"]), 10**6, 0)
+    true, noisy = SyntheticScorer.true_loss(BASE, 10**5), score({"num_layers": 8, "budget_tokens": 10**5})
+    assert noisy["tokens"] == 10**5 and noisy["loss"] == pytest.approx(true, abs=0.05)
+    assert score({"num_layers": 8})["tokens"] == 10**6
+    assert score({"num_layers": 8, "seed": 1})["loss"] != score({"num_layers": 8})["loss"]

@@ -160,6 +160,14 @@ def test_a_worker_that_dies_is_told_and_replaced():
     assert answer(lambda config: {"x": 1}, {}) == {"scores": {"x": 1.0}} and checked({"x": 1}) == {"x": 1.0}
 
 
+def test_what_a_worker_says_is_in_its_log_and_not_on_the_terminal(tmp_path, capfd):
+    scorer = ProcessScorer("tests.search.test_service:no_such_function", log=tmp_path / "scores.log")
+    for _ in range(2):
+        with pytest.raises(WorkerLost, match="before its answer; .*scores.log has what it said"):
+            scorer({"ffn_size": 500})
+    assert (tmp_path / "scores.log").read_text().count("AttributeError") == 2 and "AttributeError" not in capfd.readouterr().err
+
+
 def test_a_worker_ends_with_its_service():
     scorer = ProcessScorer("tests.search.test_service:score")
     waiting = threading.Thread(target=lambda: pytest.raises(WorkerLost, scorer, {"wait": True}))
@@ -193,8 +201,18 @@ def test_kill_9_of_service_agents_and_workers_changes_nothing(tmp_path):
         assert all(job.ended for job in JobQueue(store).jobs()) and store.events("put_back")
 
 
+def test_kill_9_in_the_whole_search_changes_nothing(tmp_path):
+    """Latency stage, staged optimizer, both budgets, confirmation: the same trials, front and second values."""
+    found = chaos(tmp_path, trials=16, kills=4, seed=1, limit_s=110, loop="sweep")
+    assert found["wrong"] == [] and sum(found["states"].values()) == 16 and sum(found["kills"].values()) >= 3
+    assert found["front"] and found["confirmed"] and found["jobs"] > 24 + 2 * 16
+    with Store.read(tmp_path / "wild" / "search.sqlite") as store:
+        assert store.phase == "done" and store.events("latency_model") and store.events("put_back")
+
+
 def test_the_comparison_sees_a_difference():
-    calm = {"trials": [[0, "a", "ok", {"x": 1.0}]], "told": [0], "violations": [], "open": 0}
+    calm = {"trials": [[0, "a", "ok", {"x": 1.0}]], "told": [0], "violations": [], "open": 0, "front": [0], "phase": "done"}
     assert search_chaos.compare(calm, calm) == []
-    for change in ({"trials": [[0, "a", "ok", {"x": 1.1}]]}, {"trials": []}, {"told": [1]}, {"open": 1}, {"violations": ["x"]}):
+    for change in ({"trials": [[0, "a", "ok", {"x": 1.1}]]}, {"trials": []}, {"told": [1]}, {"open": 1}, {"violations": ["x"]},
+                   {"front": []}, {"phase": "confirm"}):  # fmt: skip
         assert search_chaos.compare(calm, {**calm, **change})

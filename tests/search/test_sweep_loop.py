@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 
 pytest.importorskip("botorch", reason="the search extra is not installed")
@@ -11,6 +14,7 @@ from search.farm import Farm
 from search.front import front
 from search.jobs import violations
 from search.members import Member, Policy
+from search.metrics import Point, parse_metric
 from search.optim.base import Domain, Goal
 from search.optim.staged import Settings, Staged
 from search.quality import SyntheticScorer, as_score
@@ -33,17 +37,18 @@ QUICK = Policy(warmup=3, min_repeats=3, max_repeats=6, retry_s=0.0, reconnect_s=
 def make_staged(space, plan, predict):
     domain = Domain(choices=space.flat_choices(), repair=space.repair, feasible=space.feasible)
     settings = Settings(initial=6, pool=150, generations=2, draws=16)
-    return Staged(domain, Goal(objectives=plan.references), plan.seed, known={"ttft_ms": predict}, settings=settings)
+    known = {name: partial(predict, name) for name in plan.device_limits()}
+    return Staged(domain, Goal(objectives=plan.references, limits=plan.limits), plan.seed, known=known, settings=settings)
 
 
-def sweep_in(folder, *, faults=None, scorer=None, plan=PLAN, tick=lambda: None, seed=1):
+def sweep_in(folder, *, faults=None, scorer=None, plan=PLAN, tick=lambda: None, seed=1, latency=LATENCY):
     """(sweep, store, farm); the store is open."""
     store = Store.open(folder / "sweep.db", {"space": SPACE.to_dict(), "seed": plan.seed})
     device = SimulatedDevice(seed=seed, physics=Physics(noise=0.01), faults=faults or Faults(), real_s=0.0)
     farm = Farm(store, [Member(device)], policy=QUICK)
     farm.queue.recover()
     build = build_once(folder / "shapes", write_shape, config_key)
-    readings = Readings(farm, SPACE, LATENCY, build, tick=tick)
+    readings = Readings(farm, SPACE, latency, build, tick=tick)
     score = as_score(scorer or SyntheticScorer(noise=0.002), lambda flat: SPACE.to_config(SPACE.unflatten(flat)), 1_000_000, 0)
     return Sweep(store, SPACE, plan, readings, [score, score], make_staged, tick), store, farm
 
@@ -54,7 +59,7 @@ def run(folder, **changes):
 
 
 def told(store):
-    return [(trial.key, trial.state, trial.results and trial.results["loss"], trial.told) for trial in store.trials()]
+    return [(trial.key, trial.state, trial.results and trial.results.get("loss"), trial.told) for trial in store.trials()]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,8 @@ def test_a_sweep_finds_a_front_of_measured_models(whole):
     trials = store.trials()
     assert store.phase == "done" and len(trials) == PLAN.trials and {trial.state for trial in trials} == {"ok"}
     assert not violations(farm.queue)
-    assert found and [trial.number for trial in found] == [trial.number for trial in front(trials, PLAN.references)]
+    best = front(trials, PLAN.references, PLAN.bounds())
+    assert found and [trial.number for trial in found] == [trial.number for trial in best]
     losses, times = zip(*((t.results["loss"], t.results["ttft_ms"]) for t in found), strict=True)
     assert list(losses) == sorted(losses) and list(times) == sorted(times, reverse=True)
     for trial in trials:
@@ -89,6 +95,30 @@ def test_predictions_are_made_before_measurements_and_come_near_them(whole):
     predicted = {event.detail["key"]: event.detail["ttft_ms"] for event in store.events("predicted")}
     for trial in store.trials():
         assert 0 < abs(trial.results["ttft_ms"] / predicted[trial.key] - 1) < 0.15
+
+
+def test_a_prediction_that_is_far_off_is_an_alarm_as_soon_as_it_was_measured(tmp_path, whole):
+    assert not whole[1].events("mispredicted")
+    sweep, store, _ = sweep_in(tmp_path)
+    right = sweep.forecast.predict
+    sweep.forecast.predict = lambda metric, flats: tuple(1.3 * part for part in right(metric, flats))
+    sweep.run()
+    alarms = [(event.trial, event.detail["off"]) for event in store.events("mispredicted")]
+    assert sorted(number for number, _ in alarms) == [trial.number for trial in store.trials()]
+    assert all(0.1 < off < 0.5 for _, off in alarms)
+    told = [event.kind for event in store.events() if event.kind in ("predicted", "mispredicted")]
+    assert "predicted" in told[told.index("mispredicted") :], "during the search, not after it"
+
+
+def test_each_fit_of_the_latency_model_is_one_event_with_what_a_page_shows(whole):
+    _, store, _ = whole
+    events = store.events("latency_model")
+    assert len(events) == len({(event.detail["metric"], event.detail["bought"]) for event in events}) >= 2
+    for event in events:
+        assert len(event.detail["held_out"]) == event.detail["report"]["readings"]
+        off = [abs(predicted / measured - 1) for measured, predicted in event.detail["held_out"]]
+        assert 100 * sum(off) / len(off) == pytest.approx(event.detail["report"]["mape"], rel=0.01)
+        assert set(event.detail["proxies"]) == {"parameters", "flops"}
 
 
 def test_failures_end_trials_and_never_become_numbers(tmp_path):
@@ -121,5 +151,42 @@ def test_killed_and_started_again_it_is_the_sweep_that_was_not(tmp_path, whole, 
 
 def test_a_limit_below_the_fastest_candidate_is_refused_in_words(tmp_path):
     plan = SweepPlan(trials=4, references={"loss": 8.0, "ttft_ms": 1e-6})
-    with pytest.raises(SweepError, match="fastest of .* measured candidates takes .* ms, the limit is 1e-06; raise the limit"):
+    with pytest.raises(SweepError, match="best of .* measured candidates has ttft_ms .* the limit is 1e-06; raise the limit"):
         run(tmp_path, plan=plan)
+
+
+def test_three_objectives_and_a_limit_at_another_prompt_length(tmp_path):
+    latency = replace(LATENCY, also=(Point(256, 2),))
+    bounds = {"loss": 4.0, "ttft_ms": 60.0, "decode_ms": 5.0}
+    plan = replace(PLAN, references=bounds, limits={"ttft_ms@256x2": 40.0}, trials=10)
+    found, store, _ = run(tmp_path, plan=plan, latency=latency)
+    names = {f"{name}{at}" for name in ("ttft_ms", "decode_ms", "peak_memory_mib") for at in ("", "@256x2")}
+    trials = store.trials()
+    for trial in trials:
+        assert names <= trial.results.keys()
+        assert trial.results["ttft_ms@256x2"] > 1.05 * trial.results["ttft_ms"] / 2, "twice the prompt on twice the threads"
+    assert found and {t.number for t in found} < {t.number for t in trials}
+    assert all(trial.results["ttft_ms@256x2"] <= 40.0 for trial in found)
+    assert {event.detail["metric"] for event in store.events("latency_model")} == names
+    predicted = store.events("predicted")[0].detail
+    assert predicted["deviations"].keys() == {"ttft_ms", "decode_ms", "ttft_ms@256x2"}
+
+
+def test_a_metric_that_is_not_measured_is_refused(tmp_path):
+    with pytest.raises(SweepError, match="ttft_ms@999x1 is wanted and not measured; measured are ttft_ms, decode_ms"):
+        run(tmp_path, plan=replace(PLAN, limits={"ttft_ms@999x1": 1.0}))
+
+
+@pytest.mark.parametrize("name", ["ttft", "ttft_ms@", "ttft_ms@12", "ttft_ms@0x1", "decode_ms@12x1x1", "loss"])
+def test_names_of_metrics_are_checked(name):
+    with pytest.raises(ValueError, match="expected"):
+        parse_metric(name, Point(128))
+
+
+def test_a_metric_is_read_in_its_unit():
+    values = {"ttft_ms": 12.0, "decode_tok_s": 50.0, "peak_memory_bytes": 3 * 2.0**20}
+    errors, times = {"ttft_ms": 0.1, "decode_tok_s": 0.5}, ("ttft_ms", "decode_tok_s")
+    read = [parse_metric(name, Point(128)).read(values, errors, times) for name in ("ttft_ms", "decode_ms", "peak_memory_mib")]
+    assert read == [(12.0, 0.1), (20.0, pytest.approx(0.2)), (3.0, 0.0)]
+    assert parse_metric("ttft_ms", Point(128)).read({}, {}, times) is None
+    assert parse_metric("ttft_ms@128x1", Point(128)).name == "ttft_ms", "its own point has no suffix"

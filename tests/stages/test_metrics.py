@@ -11,6 +11,7 @@ import pytest
 
 from stages.metrics import MetricsFile, WandbLog, lost_steps
 from tests.helpers.stage_jobs import change, losses, pretrain_job, run_job
+from tests.helpers.wandb_rows import logged
 
 
 def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
@@ -71,6 +72,27 @@ def test_a_run_without_network_is_logged_offline_with_its_group(tmp_path):
     written = next(run.glob("run-*.wandb")).read_bytes()
     for text in (b"test-pretrain", b"tokens_per_second", b"recipe_hash", b"small-models"):
         assert text in written
+
+
+def write_steps(folder, steps):
+    log = WandbLog(folder, mode="offline", group="g", name="n", config={}, axes={"loss": "step"})
+    for step in steps:
+        log.write({"step": step, "loss": 1.0 / step, "text": "x" * 3000})
+    log.close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.93, 1.0])
+def test_a_run_that_goes_on_logs_what_its_files_lack_and_nothing_twice(tmp_path, share):
+    write_steps(tmp_path, range(1, 16))  # more than one block of the file
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])  # as a kill leaves it
+    held = [row["step"] for row in logged(tmp_path)]
+    assert held == list(range(1, len(held) + 1)) and (share in (0, 1) or 3 < len(held) < 15)
+    write_steps(tmp_path, range(1, 18))
+    rows = logged(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 18)) and all(row["loss"] == 1 / row["step"] for row in rows)
+    assert len({run.run_id for run in logged(tmp_path, "run")}) == 1
 
 
 @pytest.mark.parametrize("fails_in", ["import", "init", "log", "finish"])
