@@ -8,6 +8,7 @@ import math
 import os
 import queue
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from stages.wandb_file import held_steps
 
 logger = logging.getLogger(__name__)
+WRITTEN_S = 5.0
 
 # Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets; the longer name comes first.
 PEAKS = (("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("L40S", 362e12),
@@ -133,14 +135,24 @@ class WandbLog:
             run = wandb.init(**self._settings, settings=quiet, reinit="create_new")
             for names, axis in self._axes.items():
                 run.define_metric(names, step_metric=axis)
+            step = 0
             while (row := self._rows.get()) is not None:
                 if (step := int(row["step"])) not in held:
                     values = {key: value(wandb) if callable(value) else value for key, value in row.items() if key != "stage"}
                     run.log(values, step=step, commit=True)
             run.finish()
+            self._wait_written(folder, step)
         except Exception as error:
             logger.warning("wandb failed (%s: %s); the run goes on, %s has all numbers", type(error).__name__,
                            str(error).splitlines()[0] if str(error) else "", self._elsewhere)  # fmt: skip
+
+
+    def _wait_written(self, folder: Path, step: int) -> None:
+        """`finish` returns before the file is whole (about once in a hundred on a busy machine); whoever starts again at once
+        would read that steps are missing, and log them twice."""
+        until = time.monotonic() + WRITTEN_S
+        while step and step not in held_steps(folder, self._settings["id"]) and time.monotonic() < until:
+            time.sleep(0.02)
 
 
 def _run_id(folder: Path) -> str:
