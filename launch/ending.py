@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config import EvaluationConfig, Recipe
-from launch.rundir import write_json
+from launch.rundir import read_json_object, write_json
 from stages.config import StageName
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def _export_all(final: Path, directory: Path) -> None:
     """
     folder = directory / "export"
     marker, checkpoint = folder / "source.json", str(final.relative_to(directory))
-    said = _read_marker(marker)
+    said = read_json_object(marker)  # a damaged one says nothing: the exports are made anew
     targets: dict[str, Callable[[Path, Path], None]] = {"hf": _export_hf, "model.pocket": _export_packed}
     current = said.get("checkpoint") == checkpoint
     if current and all((folder / name).exists() for name in targets):
@@ -108,15 +107,6 @@ def _measure(export: Path) -> None:
         write_json(target, open_device("local").measure(request))
     except DeviceError as error:
         sys.stderr.write(f"warning: the packed model was not measured: {error}\n")
-
-
-def _read_marker(path: Path) -> dict[str, object]:
-    """A damaged marker says nothing: the exports are made anew."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _remove_old(target: Path) -> None:

@@ -170,6 +170,15 @@ def beside(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing where it is missing or damaged, for files that can be made again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all: written beside, then renamed."""
     with writing(path), beside(path) as part:

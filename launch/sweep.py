@@ -137,7 +137,7 @@ def _run(sweep: SweepRecipe, directory: Path) -> None:
     def tick(store: Store) -> None:
         """The live table once a second on a terminal (less often where that takes long), a line a trial elsewhere."""
         nonlocal shown, due
-        done = len(store.trials("ok", "infeasible", "failed"))
+        done = store.num_trials("ok", "infeasible", "failed")
         if live is not None:
             live.start()  # not before there is something to show: training a backbone has a bar of its own
             if (start := time.monotonic()) > due:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.rundir import write_json
+from launch.rundir import read_json_object, write_json
 from launch.sweep_config import SweepRecipe
 from launch.sweep_supernet import extract_pick
 from search.front import front, knee
@@ -208,7 +208,7 @@ def read_picks(directory: Path) -> list[Pick]:
 
     picks = []
     for file in sorted((directory / PICKS).glob("trial-*/expected.json")):
-        expected, final = _json(file), _json(file.with_name("final.json"))
+        expected, final = read_json_object(file), read_json_object(file.with_name("final.json"))
         numbers = {name: Estimate(**band) for name, band in expected.get("predicted", {}).items()}
         if (loss := expected.get("search", {}).get("loss")) is not None:
             numbers["loss"] = Estimate(value=loss)
@@ -217,11 +217,3 @@ def read_picks(directory: Path) -> list[Pick]:
             picks.append(Pick(trial=expected["trial"], path=str(file.parent.relative_to(directory)), expected=numbers,
                               measured=measured, why=final.get("reason", "")))  # fmt: skip
     return picks
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -25,7 +25,7 @@ from search.agent.measuring import Gate
 from search.budgets import TwoBudgets
 from search.devices import MeasureRequest, open_device
 from search.devices.base import Device
-from search.devices.driver import ProgramDevice
+from search.devices.driver import LocalDriver
 from search.farm import Farm
 from search.members import Member, Policy
 from search.metrics import metrics_at
@@ -35,7 +35,7 @@ from search.reference_output import CHECKED, ReferenceOutput
 from search.space import Space
 from search.store import Store
 from search.sweep import Sweep, SweepPlan, build_once
-from search.turns import InTurn, Turns
+from search.turns import MachineInTurn, Turns
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ def policy_of(device: DeviceConfig) -> Policy:
 
 
 def _open(name: str, turns: Turns | None) -> Device:
-    device = open_device(name)
-    return InTurn(device, turns) if turns is not None and name == "local" and isinstance(device, ProgramDevice) else device
+    return MachineInTurn(LocalDriver(), turns) if turns is not None and name == "local" else open_device(name)
 
 
 def _unknown(request: MeasureRequest) -> None:

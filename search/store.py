@@ -108,8 +108,9 @@ class Store(Database):
         query = f"SELECT * FROM trials WHERE number >= ? AND {among(states)} ORDER BY number"
         return [_trial(row) for row in self.rows(query, first)]
 
-    def num_trials(self) -> int:
-        return self.rows("SELECT count(*) FROM trials")[0][0]
+    def num_trials(self, *states: State) -> int:
+        """Of all states where none is named."""
+        return self.rows(f"SELECT count(*) FROM trials WHERE {among(states)}")[0][0]
 
     def trial(self, number: int) -> Trial:
         """Raises KeyError."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from search.devices.base import Fidelity, Measurement, MeasureRequest, Thermals
-from search.devices.driver import Driver, ProgramDevice
+from search.devices.base import Measurement, MeasureRequest
+from search.devices.driver import ProgramDevice
 
 
 class Turns:
@@ -62,27 +62,11 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class InTurn:
-    """A device that is this machine, measured while nothing else of the search computes here."""
+class MachineInTurn(ProgramDevice):
+    """This machine, measured while nothing else of the search computes on it."""
 
-    device: ProgramDevice
     turns: Turns
-
-    @property
-    def name(self) -> str:
-        return self.device.name
-
-    @property
-    def fidelity(self) -> Fidelity:
-        return self.device.fidelity
-
-    @property
-    def driver(self) -> Driver:
-        return self.device.driver
 
     def measure(self, request: MeasureRequest) -> Measurement:
         with self.turns.measuring():
-            return self.device.measure(request)
-
-    def thermals(self) -> Thermals:
-        return self.device.thermals()
+            return super().measure(request)
