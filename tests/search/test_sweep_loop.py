@@ -168,8 +168,12 @@ def test_three_objectives_and_a_limit_at_another_prompt_length(tmp_path):
     assert found and {t.number for t in found} < {t.number for t in trials}
     assert all(trial.results["ttft_ms@256x2"] <= 40.0 for trial in found)
     assert {event.detail["metric"] for event in store.events("latency_model")} == names
-    predicted = store.events("predicted")[0].detail
-    assert predicted["deviations"].keys() == {"ttft_ms", "decode_ms", "ttft_ms@256x2"}
+    predicted = {event.trial: event.detail for event in store.events("predicted")}
+    for trial in trials:
+        said = predicted[trial.number]
+        assert said["deviations"].keys() == {"ttft_ms", "decode_ms", "ttft_ms@256x2"}
+        for name in said["deviations"]:
+            assert said[name] == pytest.approx(trial.results[name], rel=0.15), "a model of each number at each point"
 
 
 def test_a_metric_that_is_not_measured_is_refused(tmp_path):
