@@ -88,7 +88,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         _say(error)
         sys.exit(1 if isinstance(error, RunError) else 2)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what is committed stays, --resume goes on from it\n")
+        sys.stderr.write("interrupted; what is committed stays, and resuming goes on from it\n")
         sys.exit(1)
     except Exception as error:
         if is_ours(error):

@@ -127,6 +127,7 @@ def _run(sweep: SweepRecipe, directory: Path) -> None:
     from launch.sweep_run import record_of, run_sweep
     from search.database import StoreError
     from search.devices import DeviceError
+    from search.service import SweepError
 
     console = Console(stderr=True)
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -151,6 +152,10 @@ def _run(sweep: SweepRecipe, directory: Path) -> None:
         found = run_sweep(sweep, directory, _say, tick)
     except StoreError as error:
         raise InputError(str(error)) from None
+    except SweepError as error:
+        backbone = directory / "backbone"
+        again = f" (in another --output-dir; --quality.backbone {backbone} saves its training)"
+        raise InputError(f"{error}{again if backbone.is_dir() else ''}") from None
     except DeviceError as error:
         raise RunError(f"{error}; launch/sweep.py resume {directory} goes on") from None
     finally:

@@ -264,8 +264,11 @@ def _json(value: Mapping[str, Any] | None) -> str | None:
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first setting that two specs do not share."""
+    """The first setting that two specs do not share, down to its last name."""
     for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            return f"{key} is {str(found.get(key))[:80]} there and {str(wanted.get(key))[:80]} here"
+        one, other = found.get(key), wanted.get(key)
+        if one != other and isinstance(one, Mapping) and isinstance(other, Mapping):
+            return f"{key}.{_difference(one, other)}"
+        if one != other:
+            return f"{key} is {str(one)[:80]} there and {str(other)[:80]} here"
     return "a setting differs"

@@ -18,6 +18,7 @@ from launch.sweep_optimizer import optimizer_maker
 from launch.sweep_run import sweep_plan
 from launch.sweeps import SWEEPS
 from search.optim.catalog import KINDS
+from search.service import SweepError
 from search.store import Store
 from stages.errors import InputError
 from stages.loading import load_model
@@ -184,3 +185,16 @@ def test_a_supernet_is_a_second_source_of_quality(tmp_path):
     config = load_model(folder).model.config
     shape = {name: getattr(config, name) for name in ("num_layers", "hidden_size", "ffn_size")}
     assert shape.items() <= point["candidate"].items()
+
+
+def test_a_limit_that_cannot_be_kept_says_what_saves_the_backbones_training(tmp_path, monkeypatch):
+    from launch import sweep as command_module
+    from launch import sweep_run
+
+    def refuse(*_):
+        raise SweepError("the best has ttft_ms 5 ms, the limit is 1; raise the limit")
+
+    (tmp_path / "backbone").mkdir()
+    monkeypatch.setattr(sweep_run, "run_sweep", refuse)
+    with pytest.raises(InputError, match=r"raise the limit \(in another --output-dir; --quality.backbone .*/backbone saves"):
+        command_module._run(load_sweep("smoke_search", {}), tmp_path)

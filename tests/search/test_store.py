@@ -93,6 +93,10 @@ def test_another_sweeps_database_is_refused_with_the_setting_that_differs(tmp_pa
     with pytest.raises(StoreError, match="another sweep .seed is 0 there and 1 here"):
         Store.open(tmp_path / "s.sqlite", {**SPEC, "seed": 1})
     Store.open(tmp_path / "s.sqlite", SPEC).close()  # the refusal gave the lock back
+    deep = {"goal": {"loss": 3.0, "limits": {"ttft_ms": 4.0}}}
+    Store.open(tmp_path / "deep.sqlite", deep).close()
+    with pytest.raises(StoreError, match="goal.limits.ttft_ms is 4.0 there and 5.0 here"):
+        Store.open(tmp_path / "deep.sqlite", {"goal": {"loss": 3.0, "limits": {"ttft_ms": 5.0}}})
 
 
 @pytest.mark.parametrize("kind", ["nonsense", "other program", "newer", "truncated"])
