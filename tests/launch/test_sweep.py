@@ -158,6 +158,7 @@ def test_goals_that_make_no_sense_are_refused():
         ({"goal.objectives": '["ttft_ms"]'}, "expected loss first"),
         ({"goal.limits": '{"ttft_ms@512x1" = 3.0}'}, "ttft_ms@512x1, which is not measured; measured are ttft_ms, decode_ms"),
         ({"goal.limits": '{"speed" = 3.0}'}, "speed, which is not measured"),
+        ({"goal.limits": '{"ttft_ms" = 3.0}'}, "limits has ttft_ms; its limit is goal.ttft_ms"),
         ({"device.processor_time": "true", "device.threads": "2"}, "processor_time says nothing"),
         ({"retrain_steps": '{"warmup" = 3}'}, "retrain_steps"),
     ]:

@@ -213,3 +213,17 @@ def test_points_that_leave_a_column_constant_are_predicted_with_the_parameters_o
     mean, deviation = fold.predict(inputs)
     assert np.allclose(mean[rest], np.sin(3 * inputs[rest, 0]), atol=0.05)
     assert deviation[5] > 3 * deviation[rest].max(), "what it has not seen it is unsure of"
+
+
+def test_features_are_counts_of_what_the_runtime_does():
+    """Of a model small enough to count by hand; none is below 0, for a sum with weights of at least 0."""
+    config = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=96,
+                         max_positions=64, attention=("full", "skip"))  # fmt: skip
+    found = features.features(config, "ttft", 8)
+    pairs = 8 * 9 / 2  # each token sees itself and those before it
+    assert found["softmax_m"] == pytest.approx(1e-6 * 4 * pairs)
+    assert found["full_scores_gflop"] == pytest.approx(4e-9 * 64 * pairs)
+    assert found["ffn_gflop"] == pytest.approx(2e-9 * 8 * 3 * 32 * 96 * 2)
+    assert found["projection_gflop"] == pytest.approx(2e-9 * 8 * 2 * 32 * (64 + 32))
+    for metric in features.METRICS:
+        assert (features.feature_table([config], metric, 8, threads=2) >= 0).all()

@@ -13,7 +13,7 @@ from modeling.identity import config_key
 from search.farm import Farm
 from search.front import front
 from search.jobs import violations
-from search.members import Member, Policy
+from search.members import Member, Policy, payload_request
 from search.metrics import Point, parse_metric
 from search.optim.base import Domain, Goal
 from search.optim.staged import Settings, Staged
@@ -41,14 +41,15 @@ def make_staged(space, plan, predict):
     return Staged(domain, Goal(objectives=plan.references, limits=plan.limits), plan.seed, known=known, settings=settings)
 
 
-def sweep_in(folder, *, faults=None, scorer=None, plan=PLAN, tick=lambda: None, seed=1, latency=LATENCY):
+def sweep_in(folder, *, faults=None, scorer=None, plan=PLAN, tick=lambda: None, seed=1, latency=LATENCY,
+             expect=lambda request: None):  # fmt: skip
     """(sweep, store, farm); the store is open."""
     store = Store.open(folder / "sweep.db", {"space": SPACE.to_dict(), "seed": plan.seed})
     device = SimulatedDevice(seed=seed, physics=Physics(noise=0.01), faults=faults or Faults(), real_s=0.0)
     farm = Farm(store, [Member(device)], policy=QUICK)
     farm.queue.recover()
     build = build_once(folder / "shapes", write_shape, config_key)
-    readings = Readings(farm, SPACE, latency, build, tick=tick)
+    readings = Readings(farm, SPACE, latency, build, tick=tick, expect=expect)
     score = as_score(scorer or SyntheticScorer(noise=0.002), lambda flat: SPACE.to_config(SPACE.unflatten(flat)), 1_000_000, 0)
     return Sweep(store, SPACE, plan, readings, [score, score], make_staged, tick), store, farm
 
@@ -194,3 +195,21 @@ def test_a_metric_is_read_in_its_unit():
     assert read == [(12.0, 0.1), (20.0, pytest.approx(0.2)), (3.0, 0.0)]
     assert parse_metric("ttft_ms", Point(128)).read({}, {}, times) is None
     assert parse_metric("ttft_ms@128x1", Point(128)).name == "ttft_ms", "its own point has no suffix"
+
+
+def test_a_device_that_is_fast_and_wrong_brings_no_numbers(tmp_path):
+    def right(request):
+        return SimulatedDevice().measure(request)["logits_crc32c"]
+
+    found, store, farm = run(tmp_path, faults=Faults(wrong_output=0.3), expect=right, plan=replace(PLAN, trials=8))
+    ended = store.trials("failed")
+    assert ended and all("computed something else" in trial.reason and trial.results is None for trial in ended)
+    assert store.events("bad_output") and not violations(farm.queue)
+    truth = SimulatedDevice()
+    for trial in store.trials("ok"):
+        first, _ = truth.truth(farm_request(farm, trial.number))
+        assert trial.results["ttft_ms"] == pytest.approx(1e3 * first, rel=0.1), "not the half of it"
+
+
+def farm_request(farm, trial):
+    return payload_request(next(job for job in farm.queue.jobs("ok", kind="measure") if job.trial == trial).payload)

@@ -46,6 +46,24 @@ def test_whoever_computes_stops_at_its_next_step_while_something_is_measured(tmp
         assert [step for step in steps if step < began] and [step for step in steps if step > ended], "but before and after"
 
 
+def test_a_measurement_does_not_wait_for_a_moment_when_nobody_computes(tmp_path):
+    """Eight that compute in steps of a twentieth of a second leave no such moment."""
+    workers = [subprocess.Popen([sys.executable, "-c", COMPUTES.replace("0.01", "0.05"), str(tmp_path)], stdout=subprocess.PIPE,
+                                text=True) for _ in range(8)]  # fmt: skip
+    try:
+        for worker in workers:
+            assert worker.stdout.readline() == "computing\n"
+        waited = []
+        for _ in range(5):
+            began = time.monotonic()
+            with Turns(tmp_path).measuring():
+                waited.append(time.monotonic() - began)
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert max(waited) < 2.0
+
+
 def test_a_killed_process_holds_nothing(tmp_path):
     worker = subprocess.Popen([sys.executable, "-c", COMPUTES.replace("turns.give()", "pass"), str(tmp_path)],
                               stdout=subprocess.PIPE, text=True)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import types
 from dataclasses import replace
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from stages.metrics import MetricsFile, WandbLog, lost_steps
+from stages.wandb_file import records
 from tests.helpers.stage_jobs import change, losses, pretrain_job, run_job
 from tests.helpers.wandb_rows import logged
 
@@ -127,3 +129,28 @@ def test_a_wandb_that_hangs_is_left_behind(tmp_path, monkeypatch, caplog):
     log.close(timeout_seconds=0.1)
     hang.set()
     assert "did not finish" in caplog.text
+
+
+def leveldb_log(payloads):
+    """As W&B's files are: a mark of 7 bytes, then records, split where a block of 32 KiB has no room for them."""
+    data = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
+    for payload in payloads:
+        first = True
+        while first or payload:
+            room = 32768 - len(data) % 32768
+            if room < 7:
+                data += bytes(room)
+                room = 32768
+            part, payload = payload[: room - 7], payload[room - 7 :]
+            kind = {(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}[first, not payload]
+            data += struct.pack("<IHB", 0, len(part), kind) + part
+            first = False
+    return data
+
+
+def test_records_are_read_across_blocks_and_a_cut_one_is_left_out():
+    payloads = [b"a" * 10, b"b" * 40_000, b"c" * 100_000, b"d" * 25_000, b"e"]
+    data = leveldb_log(payloads)
+    assert list(records(data)) == payloads
+    assert list(records(data[:-30])) == payloads[:-2], "the last but one is cut as well"
+    assert list(records(b"something else" + data)) == []
