@@ -54,7 +54,7 @@ types: setup-dev
 	$(BIN)/mypy
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --max-worker-restart 0
 
 # Twenty minutes of mutated packed files under the sanitizers; needs clang (Debian: clang, libclang-rt-14-dev).
 FUZZ_SECONDS ?= 1200

@@ -40,7 +40,9 @@ class Database:
             raise
 
     def close(self) -> None:
-        self._connection.close()
+        """Not under another thread's statement, which would crash the process; what comes after it raises ProgrammingError."""
+        with self._lock:
+            self._connection.close()
         self._release()
 
     def _release(self) -> None:

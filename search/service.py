@@ -251,6 +251,8 @@ class Service:
             except (Infeasible, ValueError) as error:
                 self.queue.finish(lease, "infeasible", reason=str(error))
             except Exception as error:
+                if self._stop.is_set():  # its process was ended with the search: the next start takes the job back
+                    return
                 if not isinstance(error, WorkerLost):
                     log.exception("scoring %s", lease.job.name)
                 attempt = lease.job.attempts + 1

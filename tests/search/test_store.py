@@ -249,3 +249,38 @@ def test_kill_9_at_any_moment_leaves_a_sound_database(tmp_path):
             assert sum(job.state == "running" for job in jobs) <= 1
             assert [trial.state == "ok" for trial in trials] == [job.state == "ok" for job in jobs]
             seen = len(trials)
+
+
+CLOSES = """
+import sqlite3, sys, threading, time
+from pathlib import Path
+from search.store import Store
+
+def use():
+    try:
+        while True:
+            with store.transaction():
+                store.event("x", name="y" * 2000)
+            store.rows("SELECT * FROM events")
+    except sqlite3.ProgrammingError as error:
+        said.append(str(error))
+
+said = []
+for i in range(20):
+    store = Store.open(Path(sys.argv[1]) / f"{i}.sqlite", {})
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.02)
+    store.close()
+    for thread in threads:
+        thread.join()
+print(len(said), set(said))
+"""
+
+
+def test_closing_waits_for_what_other_threads_are_in_the_middle_of(tmp_path):
+    """SQLite's library crashes the process where a connection is closed under a statement of another thread."""
+    done = subprocess.run([sys.executable, "-c", CLOSES, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])
+    assert done.stdout == "80 {'Cannot operate on a closed database.'}\n"
