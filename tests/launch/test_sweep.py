@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import pytest
 
 pytest.importorskip("botorch", reason="the search extra is not installed")
 
-from launch.sweep_config import from_dict, load_sweep, to_dict
+from launch.sweep_config import from_dict, load_sweep, save_sweep, to_dict
 from launch.sweep_optimizer import optimizer_maker
-from launch.sweep_run import sweep_plan
+from launch.sweep_run import prepare_backbone, sweep_plan
+from launch.sweep_score import score
+from launch.sweep_supernet import extract_pick
 from launch.sweeps import SWEEPS
 from search.optim.catalog import KINDS
 from search.service import SweepError
@@ -170,22 +173,21 @@ def test_goals_that_make_no_sense_are_refused():
     assert plan.references.keys() == {"loss", "ttft_ms", "decode_ms"} and plan.limits == {"ttft_ms@32x1": 3.0}
 
 
-def test_a_supernet_is_a_second_source_of_quality(tmp_path):
-    small = ["--quality.source", "supernet", "--quality.supernet_steps", "3", "--trials", "3", "--retrain", "0",
-             "--recipe.evaluation.prompts", "[]"]  # fmt: skip
-    done = command("sweep", "--recipe", "smoke_search", "--output-dir", tmp_path / "s", *small, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "training the supernet, 3 steps of 4 architectures each" in done.stderr
-    front = json.loads((tmp_path / "s" / "front.json").read_text())
-    assert front and all(4 < point["loss"] < 7 for point in front)
-    done = command("sweep", "export", tmp_path / "s", "--output", tmp_path / "picks", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    [folder] = (tmp_path / "picks").iterdir()
-    trial = int(folder.name.removeprefix("trial-"))
-    [point] = [point for point in front if point["trial"] == trial]
-    config = load_model(folder).model.config
-    shape = {name: getattr(config, name) for name in ("num_layers", "hidden_size", "ffn_size")}
-    assert shape.items() <= point["candidate"].items()
+def test_a_supernet_is_a_second_source_of_quality(tmp_path, monkeypatch):
+    monkeypatch.delenv("POCKETFORGE_DATA", raising=False)
+    sweep, said = load_sweep("smoke_search", {"quality.source": "supernet", "quality.supernet_steps": "3"}), []
+    save_sweep(sweep, tmp_path / "sweep.toml")
+    folder, importance = prepare_backbone(sweep, tmp_path, said.append)
+    assert said == ["training the supernet, 3 steps of 4 architectures each"]
+    assert prepare_backbone(sweep, tmp_path, said.append)[0] == folder and len(said) == 1, "trained once"
+    space = sweep.make_space()
+    candidate = space.sample(random.Random(1), 1)[0]
+    task = [str(path) for path in (tmp_path / "sweep.toml", folder, importance, tmp_path / "scores")]
+    scored = score({"task": task, "candidate": space.flatten(candidate)})
+    assert 4 < scored["loss"] < 7
+    config = space.to_config(candidate)
+    extract_pick(sweep, tmp_path, config, tmp_path / "pick")
+    assert load_model(tmp_path / "pick").model.config == config
 
 
 def test_a_limit_that_cannot_be_kept_says_what_saves_the_backbones_training(tmp_path, monkeypatch):
