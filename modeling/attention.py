@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.config import ModelConfig
-from modeling.layers import Linear, rope_tables, rotate
+from modeling.layers import Linear, rope_frequencies, rope_tables, rotate
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def build_layout(config: ModelConfig, tokens: Tensor, positions: Tensor | None, 
     """
     length, device = tokens.shape[1], tokens.device
     index = torch.arange(past, past + length, device=device)
-    cos, sin = rope_tables(index[None] if positions is None else positions, config.head_dim, config.rope_theta, dtype)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    cos, sin = rope_tables(index[None] if positions is None else positions, frequencies, dtype)
     masks: dict[str, Tensor | None] = {}
     for kind in set(config.attention_kinds) - {"skip"}:
         window = config.window if kind == "window" and config.window < past + length else None

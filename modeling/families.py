@@ -1,8 +1,9 @@
-"""The published sizes of the dense families, name to `ModelConfig`.
+"""The published sizes of the families, name to `ModelConfig`.
 
 MobileLLM and -LS: arXiv 2402.14905 and its repository. -R1: arXiv 2509.24945. -Pro: arXiv 2511.06719.
--Flash: arXiv 2603.15954. Pro's and Flash's RoPE base and use of QK-norm were not published where we could read them;
-we take 500,000 (Llama 3's) and no QK-norm. Flash's vocabulary is inferred from its parameter counts.
+-Flash: arXiv 2603.15954. MobileMoE: arXiv 2605.27358; its routing scale is that of the released configuration. Pro's and
+Flash's RoPE base and use of QK-norm were not published where we could read them; we take 500,000 (Llama 3's) and no
+QK-norm. Flash's vocabulary is inferred from its parameter counts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import difflib
 from dataclasses import replace
 from typing import Any
 
-from modeling.config import AttentionKind, ModelConfig
+from modeling.config import AttentionKind, ModelConfig, RopeScaling
+from modeling.moe_config import MoEConfig
 
 
 def _mobilellm(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **more: Any) -> ModelConfig:
@@ -49,6 +51,17 @@ def _pro() -> ModelConfig:
     )  # fmt: skip
 
 
+def _mobilemoe(layers: int, hidden: int) -> ModelConfig:
+    """64 experts of an eighth of a dense feed-forward, four of them merged into one that every token uses."""
+    ffn = 4 * hidden
+    return ModelConfig(
+        vocab_size=128_256, hidden_size=hidden, num_layers=layers, num_heads=hidden // 64, num_kv_heads=4, ffn_size=ffn,
+        max_positions=8192, rope_theta=500_000.0, qk_norm=True,
+        rope_scaling=RopeScaling(factor=16.0, original_positions=8192, low_frequency=1.0, high_frequency=1.0),
+        moe=MoEConfig(num_experts=60, top_k=4, expert_size=ffn // 8, shared_size=ffn // 2, route_scale=2.5),
+    )  # fmt: skip
+
+
 _125M = _mobilellm(30, 576, 9, 3, 1536)
 _350M = _mobilellm(32, 960, 15, 5, 2560)
 
@@ -67,6 +80,9 @@ FAMILIES: dict[str, ModelConfig] = {
     "mobilellm_flash_350m": _flash(12, 1024, 4096, {0, 1, 3, 6, 7, 9, 11}),
     "mobilellm_flash_650m": _flash(13, 1280, 6144, {0, 2, 3, 5, 7, 8, 9, 10}),
     "mobilellm_flash_1_4b": _flash(16, 2048, 8192, set(range(16))),
+    "mobilemoe_s": _mobilemoe(20, 768),
+    "mobilemoe_m": _mobilemoe(26, 1024),
+    "mobilemoe_l": _mobilemoe(32, 1280),
 }
 
 

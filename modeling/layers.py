@@ -6,6 +6,7 @@ logits are a product of, so that a loss can multiply chunk by chunk and a quanti
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.products import linear
+from modeling.config import RopeScaling
 
 
 class RMSNorm(nn.Module):
@@ -76,14 +78,25 @@ class Embedding(nn.Embedding):
         return hidden, self.weight
 
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Radians a position of every pair, fp32 [head_dim / 2]: theta^(-2i / head_dim), slowed down where `scaling` says so."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    width = max(scaling.high_frequency - scaling.low_frequency, torch.finfo(torch.float32).tiny)  # 0 blends nothing
+    kept = ((turns - scaling.low_frequency) / width).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rope_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and signed sin of RoPE's angles, [..., head_dim], for the split-half layout (Su et al., arXiv 2104.09864).
 
     Angles are fp32 whatever `dtype` is: at 128k positions bf16 would not tell neighbours apart. Their sine and cosine are
     taken in double precision, so that every machine rounds them alike.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.to(torch.float32).unsqueeze(-1) * (1.0 / theta**exponents)
+    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies.to(positions.device)
     cos, sin = angles.double().cos(), angles.double().sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 

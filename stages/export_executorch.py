@@ -25,7 +25,7 @@ from data_pipeline.tokenizer import Tokenizer
 from modeling.attention import Layout
 from modeling.config import ModelConfig
 from modeling.decoder import Decoder
-from modeling.layers import Linear, rope_tables
+from modeling.layers import Linear, rope_frequencies, rope_tables
 from quant.apply import convert, prepare, quantized_weights
 from quant.spec import QuantSpec
 from stages.errors import InputError
@@ -103,6 +103,9 @@ def write_executorch_model(
 def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
     if config.output_tokens:
         raise InputError(f"the head says {config.head_size} of {config.vocab_size} tokens; a program holds whole heads")
+    if config.moe is not None or config.rope_scaling is not None:
+        part = "model.moe" if config.moe is not None else "model.rope_scaling"
+        raise InputError(f"the model has {part}, which our ExecuTorch program does not; export it --to packed")
     if spec.weight_bits != 4 or spec.group_size % BLOCK:
         raise InputError(
             f"the model is quantized to {spec.weight_bits} bits in groups of {spec.group_size}; XNNPACK has 4 bits in groups "
@@ -193,7 +196,7 @@ class _Prompt(nn.Module):
         self.repeat = config.block_repeat
         self.embed, self.blocks, self.norm, self.head = embed, plain.blocks, plain.norm, head
         index = torch.arange(min(config.max_positions, MAX_PROMPT) + 1)
-        cos, sin = rope_tables(index, config.head_dim, config.rope_theta, torch.float32)
+        cos, sin = rope_tables(index, rope_frequencies(config.head_dim, config.rope_theta), torch.float32)
         self.register_buffer("cos", cos[None, None])
         self.register_buffer("sin", sin[None, None])
         distance = index[:, None] - index

@@ -116,6 +116,9 @@ def architecture(config: ModelConfig) -> str:
 
 
 def _check_blocks(config: ModelConfig, spec: QuantSpec) -> None:
+    if config.moe is not None or config.rope_scaling is not None:
+        part = "model.moe" if config.moe is not None else "model.rope_scaling"
+        raise InputError(f"the model has {part}, which our GGUF files do not; export it --to packed")
     if spec.group_size % BLOCK:
         raise InputError(f"the model is quantized in groups of {spec.group_size}; GGUF's blocks of {BLOCK} hold groups of "
                          f"a multiple of {BLOCK}")

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from kernels.packed_file import PackedTensor, blob, f32, int4, int8, write_packed
@@ -18,6 +17,7 @@ from kernels.packed_layout import GROUP
 from kernels.runtime import crc32c
 from modeling.config import ModelConfig
 from modeling.decoder import Decoder
+from modeling.layers import rope_frequencies
 from quant.apply import convert_weight, prepare, quantized_weights
 from quant.primitives import group_scales, quantize
 from quant.spec import QuantSpec
@@ -97,7 +97,10 @@ def model_metadata(config: ModelConfig) -> dict[str, Any]:
     """`model` of the file's metadata."""
     fields = dataclasses.asdict(config)
     outputs = fields.pop("output_tokens")
-    del fields["init_std"]
+    for name in ("init_std", "rope_scaling"):  # the second is in the frequencies
+        del fields[name]
+    if fields["moe"] is None:
+        del fields["moe"]
     return {**fields, "attention": list(config.attention_kinds), **({"output_tokens": list(outputs)} if outputs else {})}
 
 
@@ -119,14 +122,11 @@ def _tensors(
         yield partial(_matrix, model, f"{name}.feed_forward.gate_up", gate_up)
         yield partial(_matrix, model, f"{name}.feed_forward.down", [f"{name}.feed_forward.down.weight"])
     yield partial(_vector, model, "norm")
-    yield lambda: f32("rope.inverse_frequencies", _inverse_frequencies(model.config).numpy())
+    config = model.config  # the runtime needs no power function of its own
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    yield lambda: f32("rope.inverse_frequencies", frequencies.numpy())
     if tokenizer is not None:
         yield lambda: blob("tokenizer.json", tokenizer.to_json().encode())
-
-
-def _inverse_frequencies(config: ModelConfig) -> Tensor:
-    """As `modeling.layers.rope_tables` computes them, in fp32: the runtime needs no power function of its own."""
-    return 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
 
 
 def _vector(model: Decoder, name: str) -> PackedTensor:

@@ -11,6 +11,7 @@ import numpy as np
 from kernels.packed_file import PackedTensor, f32, int4, write_packed
 from kernels.runtime import crc32c
 from modeling.config import ModelConfig
+from modeling.layers import rope_frequencies
 
 
 def full_attention(config: ModelConfig) -> ModelConfig:
@@ -41,8 +42,8 @@ def write_pocket(config: ModelConfig, path: Path) -> None:
         tensors.append(partial(matrix, f"blocks.{i}.feed_forward.gate_up", 2 * f, h))
         tensors.append(partial(matrix, f"blocks.{i}.feed_forward.down", h, f))
     tensors.append(partial(f32, "norm", ones))
-    frequencies = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
-    tensors.append(partial(f32, "rope.inverse_frequencies", frequencies.astype(np.float32)))
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    tensors.append(partial(f32, "rope.inverse_frequencies", frequencies.numpy()))
     from stages.export_packed import model_metadata
 
     write_packed(path, {"format": "pocketforge.packed", "model": model_metadata(config), "tokenizer": None}, tensors, crc32c)
