@@ -20,39 +20,41 @@ FEWEST_ROWS = 64
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear(x, weight)` with its gradient, by the faster of the two libraries: x [..., K], weight [N, K]."""
-    if not _suits(x, weight) or x.numel() < FEWEST_ROWS * x.shape[-1]:
+    if not onednn_suits(x, weight) or x.numel() < FEWEST_ROWS * x.shape[-1]:
         return F.linear(x, weight)
     return _Linear.apply(x, weight)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T` without a gradient: x [M, K], weight [N, K]; either may be a transposed view."""
-    return _onednn(x, weight) if _suits(x, weight) and len(x) >= FEWEST_ROWS else x @ weight.T
+    return onednn_product(x, weight) if onednn_suits(x, weight) and len(x) >= FEWEST_ROWS else x @ weight.T
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight)
+        return onednn_product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
-        grad_x = _onednn(grad, weight.T) if ctx.needs_input_grad[0] else None
+        grad_x = onednn_product(grad, weight.T) if ctx.needs_input_grad[0] else None
         # Here the libraries are level, and MKL needs no copy of the transposed sides.
         grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
+def onednn_suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` of these goes through oneDNN, given rows enough."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and _onednn_is_faster()
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """`product` by oneDNN, for what `onednn_suits`."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modeling.config import ModelConfig
 from modeling.layers import Linear, rope_frequencies, rope_tables, rotate
+from modeling.moe import RoutingRecord
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,14 @@ class Layout:
     """Attention kind to boolean [B or 1, 1, T, S], true where a query sees a key."""
     packed: bool = False
     """Rows hold several documents each."""
+    record: RoutingRecord | None = None
+    """For layers with experts, in training."""
 
 
-def build_layout(config: ModelConfig, tokens: Tensor, positions: Tensor | None, past: int, dtype: torch.dtype) -> Layout:
+def build_layout(
+    config: ModelConfig, tokens: Tensor, positions: Tensor | None, past: int, dtype: torch.dtype,
+    record: RoutingRecord | None = None,
+) -> Layout:  # fmt: skip
     """Work out RoPE and masks.
 
     Args:
@@ -50,7 +56,7 @@ def build_layout(config: ModelConfig, tokens: Tensor, positions: Tensor | None, 
             masks[kind] = None
         else:
             masks[kind] = _mask(index, positions, past, window)
-    return Layout(cos[:, None], sin[:, None], masks, positions is not None)
+    return Layout(cos[:, None], sin[:, None], masks, positions is not None, record)
 
 
 def _mask(index: Tensor, positions: Tensor | None, past: int, window: int | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""The one decoder of the dense families, from token ids to logits. It knows one device.
+"""The one decoder of all families, from token ids to logits. It knows one device.
 
 Pre-norm blocks of grouped-query attention and SwiGLU. What varies is data (`ModelConfig`): a block may see everything,
-a window, or have no attention at all; each stored block may run several times in a row (MobileLLM-LS), every pass with
-its own key/value slots.
+a window, or have no attention at all; its feed-forward may be a mixture of experts (MobileMoE); each stored block may run
+several times in a row (MobileLLM-LS), every pass with its own key/value slots.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from modeling.attention import Attention, LayerCache, Layout, build_layout
 from modeling.config import ModelConfig
+from modeling.feed_forward import FeedForward
 from modeling.layers import Embedding, Linear, RMSNorm
+from modeling.moe import MoE, RoutingRecord
 
 
 def spread_logits(logits: Tensor, config: ModelConfig) -> Tensor:
@@ -38,44 +40,40 @@ class KVCache:
         self.length = 0
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+def _feed_forward(config: ModelConfig, layer: int) -> FeedForward | MoE:
+    return FeedForward(config.hidden_size, config.ffn_size) if config.moe_at(layer) is None else MoE(config)
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate = Linear(config.hidden_size, config.ffn_size)
-        self.up = Linear(config.hidden_size, config.ffn_size)
-        self.down = Linear(config.ffn_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+def _apply(part: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+    result: Tensor = part(x, layout.record) if isinstance(part, MoE) else part(x)
+    return result
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, kind: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, kind)
+        self.attention = Attention(config, config.attention_kinds[layer])
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = _feed_forward(config, layer)
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None, past: int = 0) -> Tensor:
         x = x + self.attention(self.attention_norm(x), layout, cache, past)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return x + _apply(self.feed_forward, self.feed_forward_norm(x), layout)
 
 
 class SkipBlock(nn.Module):
     """A block without attention (MobileLLM-Flash): x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = _feed_forward(config, layer)
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None, past: int = 0) -> Tensor:
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return x + _apply(self.feed_forward, self.feed_forward_norm(x), layout)
 
 
 class Decoder(nn.Module):
@@ -86,7 +84,8 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            SkipBlock(config) if kind == "skip" else Block(config, kind) for kind in config.attention_kinds
+            SkipBlock(config, layer) if kind == "skip" else Block(config, layer)
+            for layer, kind in enumerate(config.attention_kinds)
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.head_size)
@@ -96,7 +95,10 @@ class Decoder(nn.Module):
         x, weight = self.head_operands(self.hidden(tokens, positions, cache))
         return spread_logits(F.linear(x, weight), self.config)
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
+        record: RoutingRecord | None = None,
+    ) -> Tensor:  # fmt: skip
         """Normed hidden states [B, T, hidden_size].
 
         Args:
@@ -104,6 +106,7 @@ class Decoder(nn.Module):
             positions: int64 [B, T] for rows packed with documents: each starts where its position is 0 and sees only
                 itself. None is one document a row.
             cache: tokens seen before; the new ones are added to it. Not together with `positions`.
+            record: in training, how experts' rows are dispatched; filled with what the routers did.
 
         Raises:
             ValueError: `positions` with a cache, or a cache too small for the tokens.
@@ -114,7 +117,7 @@ class Decoder(nn.Module):
         if cache is not None and past + tokens.shape[1] > cache.max_tokens:
             raise ValueError(f"the cache holds {cache.max_tokens} tokens, {past} are used and {tokens.shape[1]} more given")
         x = self.embed(tokens)
-        layout = build_layout(self.config, tokens, positions, past, x.dtype)
+        layout = build_layout(self.config, tokens, positions, past, x.dtype, record)
         slots = iter(cache.layers) if cache is not None else None
         for block in self.blocks:
             for _ in range(self.config.block_repeat):

@@ -17,7 +17,8 @@ from kernels.packed_layout import GROUP, pack_int4
 from kernels.runtime import RuntimeLibraryError, library
 from modeling.attention import Attention, LayerCache, Layout
 from modeling.config import ModelConfig
-from modeling.decoder import Decoder, FeedForward
+from modeling.decoder import Decoder
+from modeling.feed_forward import FeedForward
 from modeling.layers import RMSNorm, rotate
 from quant.apply import FakeQuantLinear, convert_weight, quantized_weights
 from quant.spec import QuantSpec
