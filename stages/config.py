@@ -56,6 +56,26 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoETrainConfig:
+    """How a mixture of experts trains: who may be dropped, how experts are kept busy."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+
+    dispatch: Literal["dropless", "capacity"] = "dropless"
+    """`capacity` gives every expert the same number of slots and drops what does not fit; the rate is logged."""
+    capacity_factor: Annotated[float, Gt(0), Le(1e6)] = 1.5
+    """Slots of an expert as a multiple of an even share of a forward pass's tokens."""
+    balance: Literal["bias", "loss", "none"] = "bias"
+    """`bias` moves every expert's selection bias by its load (no auxiliary loss); `loss` is Switch Transformer's."""
+    bias_rate: Annotated[float, Ge(0)] = 1e-3
+    """How far a bias moves an optimizer step."""
+    balance_weight: Annotated[float, Ge(0)] = 1e-2
+    """Weight of the auxiliary loss, where `balance` is `loss`."""
+    z_weight: Annotated[float, Ge(0)] = 1e-4
+    """Weight of the squared log-sum-exp of the router's logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One of the four stages."""
 
@@ -75,6 +95,8 @@ class StageConfig:
     max_positions: Positive | None = None
     distill: DistillConfig | None = None
     quant: QuantSpec | None = None
+    moe: MoETrainConfig | None = None
+    """For models with experts; None is the defaults."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "global_batch"):

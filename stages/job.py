@@ -8,6 +8,7 @@ from pathlib import Path
 from data_pipeline.config import HeldOutConfig, SourceConfig, TokenizerConfig
 from data_pipeline.tokenizer import Tokenizer
 from modeling.config import ModelConfig
+from modeling.moe_config import MoEConfig
 from quant.spec import QuantSpec
 from stages.checkpoint import committed, latest, read_document, resolve
 from stages.config import STAGES, CheckpointConfig, ParallelConfig, StageConfig, StageName, TrainConfig
@@ -163,6 +164,11 @@ def _check_same_model(wanted: ModelConfig, found: ModelConfig, where: Path) -> N
         expected, got = getattr(wanted, name), getattr(found, name)
         if name == "attention":
             expected, got = wanted.attention_kinds, found.attention_kinds
+        if isinstance(expected, MoEConfig) and isinstance(got, MoEConfig):
+            for part in MoEConfig.__dataclass_fields__:
+                if getattr(expected, part) != getattr(got, part):
+                    name, expected, got = f"moe.{part}", getattr(expected, part), getattr(got, part)
+                    break
         if expected != got:
             raise CheckpointError(
                 f"{where} is a checkpoint of another model: model.{name}={got}, the recipe has {expected}; "

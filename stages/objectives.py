@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from kernels.products import product
 from modeling.config import ModelConfig
 from modeling.decoder import Decoder
-from stages.config import DistillConfig
+from modeling.moe import RoutingRecord
+from stages.balance import new_record, router_loss
+from stages.config import DistillConfig, MoETrainConfig
 
 IGNORE = -100
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
@@ -189,10 +191,13 @@ def _distillation_chunk(
 class TrainableModel(nn.Module):
     """A decoder with its objective: what is sharded, and called once a micro-batch. State names are `model.<name>`."""
 
-    def __init__(self, model: Decoder, distill: DistillConfig | None = None) -> None:
+    def __init__(self, model: Decoder, distill: DistillConfig | None = None, moe: MoETrainConfig | None = None) -> None:
         super().__init__()
         self.model = model
         self.distill = distill
+        self.moe = moe
+        self.record: RoutingRecord | None = None
+        """What the routers did in the last forward pass that trains."""
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None, labels: Tensor, teacher: Teacher | None = None,
@@ -207,8 +212,16 @@ class TrainableModel(nn.Module):
         """
         if reduction == "none":
             return model_token_nll(self.model, tokens, positions, labels)
-        hidden, weight = self.model.head_operands(self.model.hidden(tokens, positions))
+        self.record = new_record(self.model, self.moe)
+        hidden, weight = self.model.head_operands(self.model.hidden(tokens, positions, record=self.record))
         labels = head_rows(self.model.config, labels)
+        loss = self._objective(hidden, weight, labels, teacher)
+        if self.record is None:
+            return loss
+        extra = router_loss(self.record, self.moe, labels != IGNORE)
+        return loss + (extra - extra.detach())  # its gradient, without its value: what is reported is the objective
+
+    def _objective(self, hidden: Tensor, weight: Tensor, labels: Tensor, teacher: Teacher | None) -> Tensor:
         if self.distill is None:
             return linear_cross_entropy(hidden, weight, labels)
         if teacher is None:

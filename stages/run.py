@@ -20,6 +20,7 @@ from modeling.decoder import Decoder
 from modeling.init import init_weights
 from quant.apply import prepare as quantize
 from quant.spec import QuantSpec
+from stages.balance import ExpertBalance, wandb_row
 from stages.checkpoint import CheckpointWriter, latest
 from stages.distributed import Process
 from stages.errors import CheckpointError, InputError
@@ -28,7 +29,7 @@ from stages.job import KINDS, StageJob, StageResult, Start, check_job, find_star
 from stages.lineage import Lineage
 from stages.metrics import MetricsFile, WandbLog, peak_flops, warn_of_lost_steps
 from stages.objectives import TeacherModel, TrainableModel
-from stages.optim import build_optimizer, named_parameters
+from stages.optim import build_optimizer
 from stages.parallel.fsdp import compute_context, gradient_clipper, parallelize
 from stages.parallel.mesh import build_mesh
 from stages.state import (
@@ -97,6 +98,7 @@ def run_stage(job: StageJob, process: Process) -> StageResult:
             log=log, save=saver.save, evaluate=score, last_good=saver.last_good, step=start.step,
             flops_per_token=start.model.flops_per_token(job.config.seq_len // 2, training=True),
             peak_flops=_group_peak(job, process),
+            balance=ExpertBalance(module.model, job.config.moe, process) if start.model.num_moe_layers else None,
         )  # fmt: skip
         trainer.fit()
     score("after")
@@ -129,7 +131,7 @@ def _build_student(job: StageJob, start: Start, mesh: DeviceMesh | None, process
     """The stage's model, prepared and sharded, holding its parent's weights or fresh ones."""
     model = build_decoder(start.model)
     KINDS[job.stage].prepare(model, job.config)
-    module = TrainableModel(model, job.config.distill)
+    module = TrainableModel(model, job.config.distill, job.config.moe)
     if start.parent is None and start.resumed is None:
         # Every rank makes the same whole model, then keeps its shard: the weights do not depend on the world size.
         module.to_empty(device=process.device)
@@ -157,7 +159,7 @@ def _build_teacher(
         teacher = TeacherModel(build_decoder(start.parent_model, start.parent_quant))
         parallelize(teacher, job.parallel, mesh)
         teacher.to_empty(device=process.device)
-        load_weights(start.parent, {name: p.detach() for name, p in named_parameters(teacher).items()}, process)
+        load_weights(start.parent, model_tensors(teacher), process)
         return teacher
     from stages.loading import load_model
 
@@ -200,7 +202,7 @@ def _metrics(job: StageJob, start: Start, process: Process) -> Iterator[Callable
 
     def write(row: dict[str, object]) -> None:
         file.write(row)
-        wandb.write(row)
+        wandb.write(wandb_row(row))
 
     try:
         yield write

@@ -18,7 +18,7 @@ from stages.checkpoint import load_tensors, read_document, tensor_names, verify
 from stages.config import StageName
 from stages.distributed import Process
 from stages.errors import CheckpointError
-from stages.objectives import TrainableModel
+from stages.objectives import TeacherModel, TrainableModel
 from stages.optim import named_parameters, optimizer_tensors
 
 
@@ -58,8 +58,7 @@ def read_model(checkpoint: Path) -> tuple[ModelConfig, QuantSpec | None]:
     document = dict(read_document(checkpoint, "model"))
     quant = document.pop("quant", None)
     try:
-        document |= {name: tuple(document.get(name, ())) for name in ("attention", "output_tokens")}
-        return ModelConfig(**document), None if quant is None else QuantSpec(**quant)
+        return ModelConfig.from_plain(document), None if quant is None else QuantSpec(**quant)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint}: its model is not one of ours ({error})") from None
 
@@ -68,9 +67,10 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer:
     return Tokenizer.from_file(checkpoint / "tokenizer.json")
 
 
-def model_tensors(module: TrainableModel) -> dict[str, Tensor]:
-    """Weights as `model.<name>`: the parameters' own storage (shards, under FSDP)."""
-    return {name: parameter.detach() for name, parameter in named_parameters(module).items()}
+def model_tensors(module: TrainableModel | TeacherModel) -> dict[str, Tensor]:
+    """Weights, and routers' balance biases, as `model.<name>`: the model's own storage (shards, under FSDP)."""
+    weights = {name: parameter.detach() for name, parameter in named_parameters(module).items()}
+    return weights | dict(module.named_buffers())
 
 
 def training_tensors(module: TrainableModel, optimizer: torch.optim.Optimizer, process: Process) -> dict[str, Tensor]:

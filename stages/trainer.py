@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.loader import Batch
+from stages.balance import ExpertBalance
 from stages.config import StageConfig, StageName
 from stages.distributed import Process, all_reduce_sum
 from stages.errors import NonFiniteError
@@ -73,6 +74,8 @@ class Trainer:
     evaluate: Callable[[int], None]
     last_good: Callable[[], str]
     flops_per_token: float = 0.0
+    balance: ExpertBalance | None = None
+    """For a model with experts."""
     peak_flops: float | None = None
     """Of all workers together; None where the device's peak is not known."""
     step: int = 0
@@ -121,6 +124,8 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.balance is not None:
+            self.balance.step()
         return mean_loss, grad_norm
 
     def _global_tokens(self, batches: list[Batch]) -> Tensor:
@@ -135,7 +140,11 @@ class Trainer:
         )
         with self.compute():
             said = None if self.teacher is None else self.teacher(tokens, positions)
-            return self.module(tokens, positions, labels, said)
+            loss: Tensor = self.module(tokens, positions, labels, said)
+        if self.balance is not None and self.module.record is not None:
+            self.balance.watch(self.module.record)
+            self.module.record = None  # it holds the graph
+        return loss
 
     def _check_finite(self, loss: float, norm: float) -> None:
         # Both numbers are the same on every rank, so all raise together and none waits in a collective.
@@ -157,6 +166,8 @@ class Trainer:
         }  # fmt: skip
         if self.peak_flops:
             row["mfu"] = per_second * self.flops_per_token / self.peak_flops
+        if self.balance is not None:
+            row["moe"] = self.balance.row()
         logger.info("%s step %d/%d loss %.4f lr %.2e norm %.3f %.0f tok/s", self.stage, self.step, self.config.steps,
                     loss, rate, norm, per_second)  # fmt: skip
         return row

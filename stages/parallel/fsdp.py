@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from stages.balance import moe_layers
 from stages.config import ParallelConfig
 from stages.objectives import TeacherModel, TrainableModel
 
@@ -40,6 +41,9 @@ def parallelize(module: TrainableModel | TeacherModel, config: ParallelConfig, m
     policy = MixedPrecisionPolicy()
     if config.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in moe_layers(module.model):
+        # Routers stay fp32 whatever the rest computes in: a rounded logit moves a token to another expert.
+        fully_shard(layer.router, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     # The root holds the embedding (and tied head): used first and last, so it stays gathered. A teacher's must stay,
