@@ -9,7 +9,7 @@ Dimensions: B rows, L tokens a row, T = B L, D hidden size, E routed experts, k 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +38,17 @@ class LayerRouting:
     all is even (Switch Transformer, arXiv 2101.03961, equation 4, a row at a time)."""
 
 
-@dataclass
 class RoutingRecord:
-    """Handed to a forward pass in training: how to dispatch, and what became of it, a layer after the other."""
+    """Handed to a forward pass in training: how to dispatch, and what became of it, a layer after the other.
 
-    capacity_factor: float | None = None
-    """Slots an expert has, as a multiple of an even share; None drops nothing."""
-    balance_loss: bool = False
-    layers: list[LayerRouting] = field(default_factory=list)
+    Not a dataclass: of those FSDP makes copies as they pass from block to block, and entries would go into the copies.
+    """
+
+    def __init__(self, capacity_factor: float | None = None, balance_loss: bool = False) -> None:
+        self.capacity_factor = capacity_factor
+        """Slots an expert has, as a multiple of an even share; None drops nothing."""
+        self.balance_loss = balance_loss
+        self.layers: list[LayerRouting] = []
 
 
 class Router(nn.Module):
@@ -98,8 +101,12 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor | None) -> Tensor:
         """Rows [S, D] sorted by expert, through theirs; `counts` int64 [E] as in `kernels.grouped.grouped_linear`."""
-        gate, up = grouped_linear(rows, self.gate_up, counts).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, self.down, counts)
+        return self.compute(rows, counts, self.gate_up, self.down)
+
+    def compute(self, rows: Tensor, counts: Tensor | None, gate_up: Tensor, down: Tensor) -> Tensor:
+        """The same with weights that are handed in: some of the experts, where others live elsewhere."""
+        gate, up = grouped_linear(rows, gate_up, counts).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * up, down, counts)
 
 
 class MoE(nn.Module):

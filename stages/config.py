@@ -129,6 +129,8 @@ class ParallelConfig:
 
     replicate: Positive = 1
     """HSDP: groups that hold whole copies; the other workers shard within a group."""
+    expert: Positive = 1
+    """Expert parallelism: neighbouring workers that share out the experts of a mixture; the rest is sharded as ever."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type of weights and activations; master weights, gradients' sum and optimizer stay fp32."""
     activation_checkpointing: Literal["none", "block"] = "none"

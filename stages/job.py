@@ -105,6 +105,8 @@ def check_job(job: StageJob, process: Process) -> None:
         )
     if job.train.log_every < 1:
         raise InputError(f"train.log_every={job.train.log_every}; expected at least 1")
+    if job.parallel.expert > 1:
+        check_world(job.parallel, process.world, job.model)
     stage_model(config, replace(job.model, max_positions=max(job.model.max_positions, config.max_positions or 0,
                                                              0 if job.init_from is None else config.seq_len)), name)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from stages.config import OptimConfig
 
@@ -13,14 +17,23 @@ STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over `model`'s parameters. Matrices decay; norm weights (one axis) do not."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # One fused step takes tensors of one mesh: experts that are spread over workers have another than the rest.
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+        {"params": [p for p in part if (p.ndim >= 2) == matrices], "weight_decay": config.weight_decay if matrices else 0.0}
+        for part in by_mesh(trainable) for matrices in (True, False)
+    ]  # fmt: skip
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
     )  # fmt: skip
+
+
+def by_mesh(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters apart by the device mesh that they are sharded over, in the order in which meshes appear."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from stages.balance import moe_layers
 from stages.config import ParallelConfig
 from stages.objectives import TeacherModel, TrainableModel
+from stages.optim import by_mesh
+from stages.parallel.expert import spread_experts
+from stages.parallel.mesh import dense_mesh, expert_meshes
 
 
 def parallelize(module: TrainableModel | TeacherModel, config: ParallelConfig, mesh: DeviceMesh | None) -> None:
@@ -41,7 +44,11 @@ def parallelize(module: TrainableModel | TeacherModel, config: ParallelConfig, m
     policy = MixedPrecisionPolicy()
     if config.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    experts = expert_meshes(mesh)
+    mesh = dense_mesh(mesh)
     for layer in moe_layers(module.model):
+        if experts is not None:
+            spread_experts(layer.experts, *experts, policy, config.reshard_after_forward)
         # Routers stay fp32 whatever the rest computes in: a rounded logit moves a token to another expert.
         fully_shard(layer.router, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
     for block in blocks:
@@ -78,11 +85,13 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
 
     The norm of sharded gradients is that of the whole: every rank gets the same number.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    groups = by_mesh(parameters)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None], foreach=True) for group in groups]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=True)
     return norm
 
 
