@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.dispatch import DispatchPlan, combine_rows, gather_rows, plan_capacity, plan_dropless
-from kernels.grouped import grouped_linear
 from modeling.config import ModelConfig
+from modeling.experts import Experts
 from modeling.feed_forward import FeedForward
 
 
@@ -89,26 +89,6 @@ def choose(scores: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, -1)
 
 
-class Experts(nn.Module):
-    """SwiGLU experts as two tensors, inputs first, as published: gate_up [E, D, 2 F] (gate, then up), down [E, F, D]."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        assert config.moe is not None
-        experts, width = config.moe.num_experts, config.moe.expert_size
-        self.gate_up = nn.Parameter(torch.empty(experts, config.hidden_size, 2 * width))
-        self.down = nn.Parameter(torch.empty(experts, width, config.hidden_size))
-
-    def forward(self, rows: Tensor, counts: Tensor | None) -> Tensor:
-        """Rows [S, D] sorted by expert, through theirs; `counts` int64 [E] as in `kernels.grouped.grouped_linear`."""
-        return self.compute(rows, counts, self.gate_up, self.down)
-
-    def compute(self, rows: Tensor, counts: Tensor | None, gate_up: Tensor, down: Tensor) -> Tensor:
-        """The same with weights that are handed in: some of the experts, where others live elsewhere."""
-        gate, up = grouped_linear(rows, gate_up, counts).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, down, counts)
-
-
 class MoE(nn.Module):
     """shared(x) + sum over the chosen experts of mix * expert(x)."""
 
@@ -117,7 +97,7 @@ class MoE(nn.Module):
         assert config.moe is not None
         self.moe = config.moe
         self.router = Router(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config.moe.num_experts, config.hidden_size, config.moe.expert_size)
         shared = config.moe.shared_size
         self.shared = FeedForward(config.hidden_size, shared) if shared else None
 

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.grouped import grouped_linear
 from kernels.products import linear
+from modeling.experts import Experts
 from modeling.layers import Embedding, Linear
 from quant.methods import WEIGHT_METHODS
 from quant.methods.minmax import fake_quantize_activations
@@ -30,6 +32,24 @@ class _FakeQuant:
     def rounded(self, weight: Tensor) -> Tensor:
         """Rows [..., in] of the weight on their grid."""
         return weight if self.frozen else WEIGHT_METHODS[self.quant.method](weight, self.quant)
+
+
+class FakeQuantExperts(_FakeQuant, Experts):
+    """Experts whose matrices and inputs are rounded. The router is no part of them: it stays fp32."""
+
+    def compute(self, rows: Tensor, counts: Tensor | None, gate_up: Tensor, down: Tensor) -> Tensor:
+        rows = fake_quantize_activations(rows, self.quant)
+        gate, up = grouped_linear(rows, self._rounded(gate_up), counts).chunk(2, dim=-1)
+        hidden = fake_quantize_activations(F.silu(gate) * up, self.quant)
+        return grouped_linear(hidden, self._rounded(down), counts)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        return grouped_last(self.rounded(grouped_last(weight, self.quant)), self.quant)
+
+
+def grouped_last(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Expert tensor [E, in, out] with the axis of its groups last, as a view; the same again turns it back."""
+    return weight.transpose(1, 2) if spec.expert_axis == "input" else weight
 
 
 class FakeQuantLinear(_FakeQuant, Linear):
@@ -55,8 +75,13 @@ class FakeQuantEmbedding(_FakeQuant, Embedding):
         return fake_quantize_activations(hidden, self.quant), self.rounded(self.weight)
 
 
+_PREPARED: dict[type[nn.Module], type[nn.Module]] = {
+    Linear: FakeQuantLinear, Embedding: FakeQuantEmbedding, Experts: FakeQuantExperts,
+}  # fmt: skip
+
+
 def prepare(model: nn.Module, spec: QuantSpec) -> nn.Module:
-    """Make every linear (and the embedding, where the spec says so) of `model` quantization-aware, in place.
+    """Make every linear and expert (and the embedding, where the spec says so) of `model` quantization-aware, in place.
 
     Call it before sharding and compiling; on a meta-device model it works too. Preparing again with the same spec
     changes nothing.
@@ -64,33 +89,43 @@ def prepare(model: nn.Module, spec: QuantSpec) -> nn.Module:
     Raises:
         QuantError: a row that the group size does not divide, a model prepared otherwise, or one without linears.
     """
-    wanted = (Linear, Embedding) if spec.embedding else (Linear,)
+    wanted = (Linear, Experts, Embedding) if spec.embedding else (Linear, Experts)
     targets = {name: module for name, module in model.named_modules() if isinstance(module, wanted)}
     if not any(isinstance(module, Linear) for module in targets.values()):
         raise QuantError("the model has no linear to quantize; expected one made of modeling.layers.Linear")
     for name, module in targets.items():
-        check_groups(name, module.weight.shape[-1], spec)
+        for part, weight in _weights(name, module):
+            check_groups(part, (grouped_last(weight, spec) if weight.ndim == 3 else weight).shape[-1], spec)
         if getattr(module, "quant", spec) != spec:
             raise QuantError(f"{name} is prepared with {module.quant}; start from the plain model to use {spec}")
     for module in targets.values():
         # The class changes, the object stays: parameters, hooks and references from elsewhere are untouched.
-        module.__class__ = FakeQuantLinear if isinstance(module, Linear) else FakeQuantEmbedding
+        module.__class__ = next(prepared for plain, prepared in _PREPARED.items() if isinstance(module, plain))  # type: ignore[assignment]
         cast(_FakeQuant, module).quant = spec
     return model
+
+
+def _weights(name: str, module: nn.Module) -> list[tuple[str, Tensor]]:
+    """State-dict names of a module's own matrices."""
+    return [(f"{name}.{part}", weight) for part, weight in module.named_parameters(recurse=False)]
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantSpec]:
     """State-dict name of every weight that `prepare` made quantization-aware, with its spec."""
     return {
-        f"{name}.weight": cast(QuantSpec, module.quant)
+        part: cast(QuantSpec, module.quant)
         for name, module in model.named_modules()
-        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding)
-    }
+        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding | FakeQuantExperts)
+        for part, _ in _weights(name, module)
+    }  # fmt: skip
 
 
 @torch.no_grad()
 def convert(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Integers of a prepared model: name -> (int8 codes [rows, in], fp16 scales [rows, in / group_size]).
+
+    Those of experts are [E, out, in] and [E, out, in / group_size], or with groups along the outputs [E, in, out] and
+    [E, in, out / group_size]: as `grouped_last` turns them.
 
     Raises:
         QuantError: the model is not prepared, or a weight is NaN or infinite.
@@ -113,8 +148,15 @@ def _convert(model: nn.Module, name: str, spec: QuantSpec) -> tuple[Tensor, Tens
     weight = model.get_parameter(name)
     if not bool(torch.isfinite(weight).all()):
         raise QuantError(f"{name} holds NaN or infinite weights, which have no codes; use an earlier checkpoint")
-    scales = group_scales(weight, spec)
-    return quantize(weight, scales, spec), scales
+    lanes = grouped_last(weight, spec) if weight.ndim == 3 else weight
+    scales = group_scales(lanes, spec)
+    return quantize(lanes, scales, spec), scales
+
+
+def _on_grid(codes: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:
+    """The weight, in its own layout, that these integers stand for."""
+    weight = dequantize(codes, scales, spec)
+    return grouped_last(weight, spec).contiguous() if weight.ndim == 3 else weight
 
 
 def bake(model: nn.Module) -> dict[str, Tensor]:
@@ -124,7 +166,7 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     grid's scales cannot be found again from these values (the largest code need not be reached): keep `convert`'s.
     """
     specs = quantized_weights(model)
-    grid = {name: dequantize(codes, scales, specs[name]) for name, (codes, scales) in convert(model).items()}
+    grid = {name: _on_grid(codes, scales, specs[name]) for name, (codes, scales) in convert(model).items()}
     return {name: grid.get(name, value.detach()) for name, value in model.state_dict().items()}
 
 
@@ -136,7 +178,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     specs = quantized_weights(model)
     for name, (codes, scales) in convert(model).items():
-        model.get_parameter(name).copy_(dequantize(codes, scales, specs[name]))
+        model.get_parameter(name).copy_(_on_grid(codes, scales, specs[name]))
     for module in model.modules():
         if isinstance(module, _FakeQuant):
             module.frozen = True

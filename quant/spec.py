@@ -15,6 +15,9 @@ class QuantSpec:
     weight_bits: Literal[4, 8] = 4
     group_size: int = 32
     """Weights that share one scale, along the input axis."""
+    expert_axis: Literal["input", "output"] = "input"
+    """Along which axis the groups of a mixture's experts lie. `output` is that of the published MobileMoE files; `input` is
+    that of all other matrices, whose products are sums of whole groups, and so what the runtime multiplies fastest."""
     activation_bits: Literal[8, 16] = 8
     """8 quantizes the input of every quantized linear per token, symmetric; 16 leaves it alone."""
     embedding: bool = True

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modeling.config import ModelConfig
+from modeling.decoder import Decoder
+from modeling.init import init_weights
 from modeling.layers import Embedding, Linear
+from modeling.moe_config import MoEConfig
 from quant.apply import FakeQuantEmbedding, FakeQuantLinear, bake, convert, freeze, prepare, quantized_weights
 from quant.methods.minmax import fake_quantize_activations, fake_quantize_weight
 from quant.primitives import QuantError, dequantize, round_activations, round_to_grid
@@ -185,3 +189,72 @@ def test_a_sharded_model_rounds_as_a_whole_one_does() -> None:
             torch.testing.assert_close(parameter.grad.full_tensor(), reference.grad, msg=name)
     finally:
         dist.destroy_process_group()
+
+
+MOE = ModelConfig(
+    vocab_size=20, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, ffn_size=64, max_positions=16,
+    init_std=0.3, moe=MoEConfig(num_experts=4, top_k=2, expert_size=16, shared_size=32),
+)  # fmt: skip
+
+
+def mixture(seed: int = 0) -> Decoder:
+    model = Decoder(MOE)
+    init_weights(model, seed)
+    return model
+
+
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_experts_are_rounded_in_groups_along_the_axis_that_is_asked_for(axis: str) -> None:
+    spec = replace(SPEC, expert_axis=axis)
+    model = prepare(mixture(), spec)
+    plain = mixture().blocks[0].feed_forward.experts
+    converted = convert(model)
+    for name in ("gate_up", "down"):
+        weight = getattr(plain, name).detach()
+        codes, scales = converted[f"blocks.0.feed_forward.experts.{name}"]
+        for expert in range(4):  # each is a matrix of its own, [out, in] or [in, out]
+            lanes = weight[expert].T if axis == "input" else weight[expert]
+            wanted = round_to_grid(lanes.contiguous(), spec)
+            assert torch.equal(dequantize(codes[expert], scales[expert], spec), wanted)
+
+
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_a_prepared_mixture_computes_with_its_integers_and_leaves_the_router_alone(axis: str) -> None:
+    spec = replace(WEIGHTS_ONLY, expert_axis=axis)
+    model, baked = prepare(mixture(), spec), Decoder(MOE)
+    baked.load_state_dict(bake(model))
+    router = "blocks.1.feed_forward.router.weight"
+    assert router not in convert(model) and torch.equal(baked.get_parameter(router), mixture().get_parameter(router))
+    torch.testing.assert_close(model(IDS), baked(IDS), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(model(IDS), mixture()(IDS))
+    before = model(IDS)
+    torch.testing.assert_close(freeze(model)(IDS), before, atol=1e-5, rtol=1e-5)
+
+
+def test_the_inputs_of_experts_are_rounded_and_gradients_pass_straight_through() -> None:
+    model = prepare(mixture(), SPEC)
+    experts = model.blocks[0].feed_forward.experts
+    rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    counts = torch.tensor([1, 0, 3, 2])
+    weights = {name: round_to_grid(value.detach().transpose(1, 2), SPEC).transpose(1, 2).requires_grad_()
+               for name, value in experts.named_parameters()}  # fmt: skip
+    x = round_activations(rows.detach()).requires_grad_()
+    out = []
+    for expert, part in enumerate(x.split(counts.tolist())):
+        gate, up = (part @ weights["gate_up"][expert]).chunk(2, -1)
+        hidden = F.silu(gate) * up
+        out.append(hidden + (round_activations(hidden) - hidden).detach())
+    want = torch.cat([h @ weights["down"][expert] for expert, h in enumerate(out)])
+    got = experts(rows, counts)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    wanted = torch.autograd.grad(want.square().sum(), [x, *weights.values()])
+    mine = torch.autograd.grad(got.square().sum(), [rows, *(getattr(experts, name) for name in weights)])
+    for one, other in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_whose_groups_do_not_fit_are_refused() -> None:
+    config = replace(MOE, moe=replace(MOE.moe, expert_size=24))
+    with pytest.raises(QuantError, match=r"experts.down has rows of 24 weights, which quant.group_size=16 does not divide"):
+        prepare(Decoder(config), SPEC)
+    prepare(Decoder(config), replace(SPEC, expert_axis="output"))
