@@ -146,10 +146,8 @@ def _read_model(path: Path, notes: list[str]) -> ModelConfig | None:
         return None
     fields = {item.name for item in dataclasses.fields(ModelConfig)}
     known: dict[str, Any] = {key: value for key, value in values.items() if key in fields}
-    if isinstance(known.get("attention"), list):
-        known["attention"] = tuple(known["attention"])
     try:
-        return ModelConfig(**known)
+        return ModelConfig.from_plain(known)
     except (TypeError, ValueError) as error:
         notes.append(f"{path.parent.name}/model.json is no model of this version: {error}")
         return None
