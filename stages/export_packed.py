@@ -31,6 +31,8 @@ EmbeddingEncoding = Literal["int4", "int8"]
 MOST = {"vocab_size": 2**24, "hidden_size": 2**18, "num_layers": 4096, "block_repeat": 16, "num_heads": 4096, "head_dim": 512,
         "ffn_size": 2**19, "max_positions": 2**24, "window": 2**24}  # fmt: skip
 """What `kernels/cpu/src/model.cpp` takes: from a stranger's file, larger sizes are an attack."""
+MOST_OF_EXPERTS = {"num_experts": 4096, "top_k": 64, "expert_size": 2**19, "shared_size": 2**19}
+"""The same of `model_moe.cpp`."""
 
 
 class NotPackable(InputError):
@@ -91,9 +93,12 @@ def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
     for name, value in sizes.items():
         if value % GROUP:
             raise NotPackable(f"model.{name}={value} is not a multiple of {GROUP}, which the packed layout needs")
-    for name, most in MOST.items():
-        if getattr(config, name) > most:
-            raise NotPackable(f"model.{name}={getattr(config, name)}; the runtime goes up to {most}")
+    limits = {name: (getattr(config, name), most) for name, most in MOST.items()}
+    if config.moe is not None:
+        limits |= {f"moe.{name}": (getattr(config.moe, name), most) for name, most in MOST_OF_EXPERTS.items()}
+    for name, (value, most) in limits.items():
+        if value > most:
+            raise NotPackable(f"model.{name}={value}; the runtime goes up to {most}")
     if config.query_size > 2**19:
         raise NotPackable(f"model.num_heads={config.num_heads} of {config.head_dim}; the runtime goes up to {2**19} in all")
     if not 0 < np.float32(config.norm_eps) < 1:
