@@ -176,7 +176,7 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
 
 def test_missing_and_misshapen_weights_are_named() -> None:
     hf, state = to_hf(TINY, decoder(TINY).state_dict())
-    with pytest.raises(ConversionError, match="lack norm.weight"):
+    with pytest.raises(ConversionError, match="lack model.norm.weight"):
         from_hf(hf, {name: tensor for name, tensor in state.items() if name != "model.norm.weight"})
     with pytest.raises(ConversionError, match="norm.weight is"):
         from_hf(hf, {**state, "model.norm.weight": torch.ones(3)})
