@@ -45,10 +45,10 @@ def to_hf(
     Raises ConversionError where the layout cannot hold the model.
     """
     layout = layout or default_layout(config)
+    their_config = hf_config(config, layout)
     if (layout == "mobilemoe-int4") != (integers is not None):
         raise ConversionError(f"the {layout} layout {'needs' if integers is None else 'has no'} codes and scales; "
                               "they are what mobilemoe-int4 holds")
-    their_config = hf_config(config, layout)
 
     def place(name: str, tensor: Tensor) -> Tensor:
         return interleave_heads(tensor, config.head_dim) if layout in NEIGHBOURS and rotated(name) else tensor

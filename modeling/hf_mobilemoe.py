@@ -105,6 +105,6 @@ def _check(hf: Mapping[str, Any]) -> None:
         return
     if not isinstance(quantization, Mapping):
         raise ConversionError(f"config.json has quantization={quantization!r}; expected an object")
-    for key, wanted in QUANTIZATION.items():
-        if quantization.get(key) != wanted:
-            raise ConversionError(f"quantization.{key} is {quantization.get(key)!r}; only {wanted!r} is known")
+    for part, known in QUANTIZATION.items():
+        if quantization.get(part) != known:
+            raise ConversionError(f"quantization.{part} is {quantization.get(part)!r}; only {known!r} is known")

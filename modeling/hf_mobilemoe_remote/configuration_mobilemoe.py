@@ -31,6 +31,6 @@ class MobileMoEConfig(PretrainedConfig):
         self.routed_scaling_factor, self.norm_topk_prob = routed_scaling_factor, norm_topk_prob
         self.use_qk_norm, self.initializer_range = use_qk_norm, initializer_range
         self.quantization, self.use_cache = quantization, use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **others})
         # After the base class, which has its own idea of this one that changes from version to version.
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta, **(rope_scaling or rope_parameters or {})}

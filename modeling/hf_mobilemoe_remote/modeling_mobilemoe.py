@@ -28,6 +28,9 @@ def decode(qweight: Tensor, scale: Tensor) -> Tensor:
 class Matrix(nn.Module):
     """y = x W^T with W [outputs, inputs] as it is or in INT4."""
 
+    qweight: Tensor
+    weight_scale: Tensor
+
     def __init__(self, outputs: int, inputs: int, config: MobileMoEConfig) -> None:
         super().__init__()
         self.packed = config.quantization is not None
