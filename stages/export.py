@@ -14,9 +14,10 @@ from data_pipeline.chat import LLAMA3_TEMPLATE, layout_name
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import Tokenizer
 from modeling.decoder import Decoder
-from modeling.hf_convert import Layout, save_hf
+from modeling.hf_convert import Integers, Layout, save_hf
+from quant.apply import convert, prepare
+from quant.primitives import QuantError
 from quant.spec import QuantSpec
-from stages.export_mobilemoe import int4_integers
 from stages.export_source import check_free
 from stages.loading import LoadedModel, load_model
 
@@ -74,6 +75,19 @@ def write_hf_model(
     wanted = layout == "mobilemoe-int4" and model.config.moe is not None
     integers = int4_integers(model, quant) if wanted else None
     save_hf(output, model.config, model.state_dict(), layout=layout, integers=integers, extra=extra)
+
+
+def int4_integers(model: Decoder, quant: QuantSpec | None) -> Integers:
+    """Codes and scales of the layout mobilemoe-int4: training's, or of a model that no QAT trained those rounded to nearest.
+
+    Raises:
+        QuantError: training rounded to another grid than that layout's, or a row that groups of 32 do not fill.
+    """
+    spec = quant or QuantSpec(expert_axis="output")
+    if (spec.weight_bits, spec.group_size, spec.embedding, spec.expert_axis) != (4, 32, True, "output"):
+        raise QuantError("the mobilemoe-int4 layout is INT4 in groups of 32, embedding too, experts in groups along their "
+                         f"output (quant.expert_axis=output); the model was trained with {spec}")
+    return convert(prepare(model, spec))
 
 
 def _lineage(loaded: LoadedModel) -> dict[str, Any]:

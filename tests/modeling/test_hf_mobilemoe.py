@@ -15,7 +15,7 @@ from modeling.config import ModelConfig
 from modeling.families import FAMILIES
 from modeling.hf_convert import ConversionError, config_from_hf, from_hf, load_hf, save_hf, to_hf
 from modeling.hf_int4 import decode, decode_state, encode_state, pack_nibbles, unpack_nibbles
-from stages.export_mobilemoe import int4_integers
+from stages.export import int4_integers
 from tests.helpers.moe_models import CONFIG, MOE, VARIANTS, build
 
 RELEASED = {

@@ -12,7 +12,7 @@ from modeling.config import ModelConfig
 from modeling.decoder import Decoder
 from modeling.generate import generate
 from modeling.hf_convert import load_hf, save_hf
-from stages.export_mobilemoe import int4_integers
+from stages.export import int4_integers
 from tests.helpers.moe_models import CONFIG, IDS, VARIANTS, build, in_transformers
 
 

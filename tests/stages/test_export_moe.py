@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from modeling.hf_convert import LAYOUTS, ConversionError
 from modeling.hf_int4 import unpack_nibbles
 from modeling.moe_config import MoEConfig
-from quant.apply import convert
+from quant.apply import bake, convert, prepare
 from quant.primitives import QuantError
 from quant.spec import QuantSpec
 from stages.distributed import Process
 from stages.evaluate import perplexity
-from stages.export import export_hf
-from stages.export_mobilemoe import int4_integers
+from stages.export import export_hf, int4_integers
 from stages.loading import load_model
 from stages.run import run_stages
 from tests.helpers.commands import launch
 from tests.helpers.moe_models import CONFIG, IDS, build, in_transformers
 from tests.helpers.stage_jobs import MODEL, change, chat_data, pretrain_job
 
+OUTPUT = QuantSpec(expert_axis="output")
 TEXT = "the model reads a word and then guesses what the next word will be"
 
 
@@ -37,7 +37,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     moe = MoEConfig(num_experts=5, top_k=2, expert_size=32, shared_size=64, route_scale=2.5)
     model = replace(MODEL, hidden_size=64, head_dim=32, qk_norm=True, ffn_size=128, moe=moe)
     first = pretrain_job(folder, model=model, steps=6, lr=1e-2)
-    aware = change(first, stage="qat", init_from=f"{first.output_dir}/pretrain", data=chat_data(folder), quant=QuantSpec(),
+    aware = change(first, stage="qat", init_from=f"{first.output_dir}/pretrain", data=chat_data(folder), quant=OUTPUT,
                    seq_len=64, lr=1e-3, steps=3)  # fmt: skip
     plain, quantized = run_stages([first, aware], Process())
     return plain.checkpoint, quantized.checkpoint
@@ -60,8 +60,8 @@ def test_a_qat_checkpoint_is_exported_on_its_grid(checkpoints: tuple[Path, Path]
     export_hf(checkpoints[1], tmp_path / "hf")
     plain = load_model(tmp_path / "hf").model.state_dict()
     source = load_model(checkpoints[1], latent=True).model
-    for name, (codes, scales) in convert(source).items():
-        assert torch.equal(plain[name], (codes.float().unflatten(-1, (-1, 32)) * scales.float().unsqueeze(-1)).flatten(-2))
+    for name, weight in bake(source).items():
+        assert torch.equal(plain[name], weight)
 
 
 def test_the_int4_form_holds_the_codes_of_training(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
@@ -75,6 +75,9 @@ def test_the_int4_form_holds_the_codes_of_training(checkpoints: tuple[Path, Path
         codes, scales = trained[f"{ours}.weight"]
         assert torch.equal(unpack_nibbles(stored[f"{theirs}.qweight"]), codes)
         assert torch.equal(stored[f"{theirs}.weight_scale"], scales)
+    codes, scales = trained["blocks.1.feed_forward.experts.gate_up"]
+    assert torch.equal(unpack_nibbles(stored["model.layers.1.feed_forward.experts.gate_up_qweight"]), codes)
+    assert torch.equal(stored["model.layers.1.feed_forward.experts.gate_up_scale"], scales)
     again = load_model(tmp_path / "hf").model
     theirs_model = in_transformers(tmp_path / "hf", dtype=torch.float32)
     with torch.no_grad():
@@ -93,10 +96,12 @@ def test_an_untrained_model_is_rounded_to_nearest_experts_along_their_output() -
     assert torch.equal(codes[3, 5, 32:], (group / scales[3, 5, 1].float()).round().clamp(-8, 7).to(torch.int8))
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(weight_bits=8), QuantSpec(group_size=16), QuantSpec(embedding=False)], ids=str)
+@pytest.mark.parametrize("spec", [
+    QuantSpec(), replace(OUTPUT, weight_bits=8), replace(OUTPUT, group_size=16), replace(OUTPUT, embedding=False),
+], ids=str)  # fmt: skip
 def test_another_grid_is_refused(spec: QuantSpec) -> None:
-    with pytest.raises(QuantError, match="INT4 in groups of 32, embedding too"):
-        int4_integers(build(), spec)
+    with pytest.raises(QuantError, match="INT4 in groups of 32, embedding too, experts in groups along their output"):
+        int4_integers(prepare(build(), spec), spec)  # type: ignore[arg-type]
 
 
 def test_rows_that_groups_do_not_fill_and_weights_without_value_are_refused() -> None:
