@@ -18,7 +18,7 @@ from launch.cli import Parser, run  # noqa: E402
 from launch.rundir import check_output, writing  # noqa: E402
 from stages.errors import InputError  # noqa: E402
 
-LAYOUTS = ["llama", "mobilellm", "llama4", "mobilemoe", "mobilemoe-int4"]
+LAYOUTS = ["llama", "mobilellm", "llama4", "mobilemoe", "mobilemoe-int4", "mixtral", "qwen3_moe", "glm4_moe"]
 """Those of `modeling.hf_layouts`, which is not imported for --help."""
 
 

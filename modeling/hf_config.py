@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modeling import hf_mobilemoe
+from modeling import hf_mobilemoe, hf_stock_moe
 from modeling.config import ModelConfig
 from modeling.hf_fields import expect, read_rope, whole, write_rope
-from modeling.hf_layouts import EXPERTS, ConversionError, Layout, default_layout
+from modeling.hf_layouts import MOBILEMOE, STOCK_MOE, ConversionError, Layout, default_layout
 
 _KINDS: dict[str, Layout] = {
     "llama": "llama", "mobilellm": "mobilellm", "llama4_text": "llama4", "mobilemoe": "mobilemoe",
+    "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe",
 }  # fmt: skip
 # What a config.json that leaves a key out means: the defaults of the class that reads it, which differ.
 _OMITTED: dict[Layout, dict[str, Any]] = {
@@ -21,12 +22,9 @@ _OMITTED: dict[Layout, dict[str, Any]] = {
 }
 # Near relatives that people will try, and what keeps them out.
 _NOT_OURS = {
-    "qwen3_moe": "its QK-norm has trained weights, ours has none",
     "qwen2_moe": "its attention has biases and its shared expert a gate",
     "olmoe": "its QK-norm goes over the whole projection and has weights; ours goes head by head and has none",
-    "glm4_moe": "its attention has biases or a QK-norm with weights, and rotates half of a head",
     "deepseek_v3": "its attention is multi-head latent attention",
-    "mixtral": "none of its releases has a QK-norm or shared experts; expected a MobileMoE",
     "llama4": "it is a model with images; give the folder of its text model (llama4_text)",
 }
 
@@ -34,7 +32,9 @@ _NOT_OURS = {
 def hf_config(config: ModelConfig, layout: Layout) -> dict[str, Any]:
     """config.json of a model. Raises ConversionError where the layout cannot hold it."""
     _check_expressible(config, layout)
-    if layout in EXPERTS:
+    if layout in STOCK_MOE:
+        return hf_stock_moe.hf_config(config, layout)
+    if layout in MOBILEMOE:
         return hf_mobilemoe.hf_config(config, int4=layout == "mobilemoe-int4")
     common: dict[str, Any] = {
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.ffn_size,
@@ -68,13 +68,13 @@ def _check_expressible(config: ModelConfig, layout: Layout) -> None:
     if kinds := sorted(set(config.attention_kinds) - {"full"}):
         raise ConversionError(f"the {layout} layout has full attention only, the model has {kinds[0]} layers; "
                               "no Hugging Face class holds it yet")
-    if (config.moe is not None) != (layout in EXPERTS):
+    if (config.moe is not None) != (layout in MOBILEMOE | STOCK_MOE):
         raise ConversionError(f"the {layout} layout {'needs' if config.moe is None else 'has no'} experts; "
                               f"use layout {default_layout(config)}")
     if config.block_repeat > (2 if layout == "mobilellm" else 1):
         raise ConversionError(f"the {layout} layout cannot run a block {config.block_repeat} times; "
                               "mobilellm shares layers twice")
-    if layout in EXPERTS:
+    if config.moe is not None:
         return
     if config.qk_norm != (layout == "llama4"):
         raise ConversionError(f"the {layout} layout {'needs' if layout == 'llama4' else 'has no'} QK-norm; "
@@ -97,6 +97,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> tuple[ModelConfig, Layout]:
     try:
         if layout == "mobilemoe":
             return hf_mobilemoe.config_from_hf(hf), "mobilemoe-int4" if hf.get("quantization") else "mobilemoe"
+        if layout in STOCK_MOE:
+            return hf_stock_moe.config_from_hf(hf, layout), layout
         return _dense_from_hf({**_OMITTED[layout], **hf}, layout), layout
     except (TypeError, ValueError) as error:
         if isinstance(error, ConversionError):

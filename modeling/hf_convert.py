@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling import hf_int4
+from modeling import hf_int4, hf_stock_moe
 from modeling.config import ModelConfig
 from modeling.hf_config import config_from_hf, hf_config
 from modeling.hf_files import read_json, read_weights, write_folder
 from modeling.hf_layouts import (
-    EXPERTS,
     LAYOUTS,
+    MOBILEMOE,
     NEIGHBOURS,
+    STOCK_MOE,
     ConversionError,
     Layout,
     default_layout,
@@ -58,6 +59,8 @@ def to_hf(
         tensors = hf_int4.encode_state(tensors, {
             to_hf_name(name, layout): (place(name, codes), place(name, scales)) for name, (codes, scales) in integers.items()
         })  # fmt: skip
+    if layout in STOCK_MOE:
+        tensors = hf_stock_moe.encode_state(config, tensors, layout)
     return their_config, tensors
 
 
@@ -66,6 +69,8 @@ def from_hf(hf: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tuple[Mo
     config, layout = config_from_hf(hf)
     if layout == "mobilemoe-int4":
         state_dict = hf_int4.decode_state(state_dict)
+    if layout in STOCK_MOE:
+        state_dict = hf_stock_moe.decode_state(config, state_dict, layout)
     tensors: dict[str, Tensor] = {}
     for hf_name, tensor in state_dict.items():
         if hf_name == "lm_head.weight" and config.tie_embeddings:
@@ -89,7 +94,7 @@ def save_hf(
     hf, tensors = to_hf(config, state_dict, layout, integers)
 
     def add_rest(beside: Path, hf: dict[str, Any]) -> None:
-        if (layout or default_layout(config)) in EXPERTS:
+        if (layout or default_layout(config)) in MOBILEMOE:
             add_remote_code(beside)
         if extra is not None:
             extra(beside, hf)

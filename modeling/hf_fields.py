@@ -28,6 +28,13 @@ def number(hf: Mapping[str, Any], key: str, *, where: str = "config.json", least
     return float(value)  # type: ignore[arg-type]
 
 
+def flag(hf: Mapping[str, Any], key: str) -> bool:
+    """True or false."""
+    if not isinstance(hf.get(key), bool):
+        raise ConversionError(f"config.json has {key}={hf.get(key)!r}; expected true or false")
+    return bool(hf[key])
+
+
 def expect(hf: Mapping[str, Any], key: str, wanted: Any, because: str) -> None:
     """Refuse a key that is there and says something else."""
     if hf.get(key) not in (None, wanted):

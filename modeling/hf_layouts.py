@@ -7,6 +7,7 @@
 | `llama4` | MobileLLM-R1 (`llama4_text`) | `feed_forward`, not `mlp`; RoPE rotates neighbours (2i, 2i+1), so q and k rows are permuted inside each head; weight-free QK-norm |
 | `mobilemoe` | MobileMoE Base and SFT | as `llama4`, with experts in every layer |
 | `mobilemoe-int4` | MobileMoE QAT | the same as INT4 codes and fp16 scales (`modeling.hf_int4`) |
+| `mixtral`, `qwen3_moe`, `glm4_moe` | other mixtures | where they compute what ours do (`modeling.hf_stock_moe`) |
 
 What a layout cannot express is refused, never dropped. docs/huggingface.md says which parts are inferred.
 """  # noqa: E501
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from modeling.config import ModelConfig
 
-Layout = Literal["llama", "mobilellm", "llama4", "mobilemoe", "mobilemoe-int4"]
+Layout = Literal["llama", "mobilellm", "llama4", "mobilemoe", "mobilemoe-int4", "mixtral", "qwen3_moe", "glm4_moe"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 NEIGHBOURS: frozenset[Layout] = frozenset({"llama4", "mobilemoe", "mobilemoe-int4"})
 """Those whose RoPE rotates neighbours."""
-EXPERTS: frozenset[Layout] = frozenset({"mobilemoe", "mobilemoe-int4"})
-"""Those with experts."""
+STOCK_MOE: frozenset[Layout] = frozenset({"mixtral", "qwen3_moe", "glm4_moe"})
+"""Mixtures that `transformers` has classes for."""
+MOBILEMOE: frozenset[Layout] = frozenset({"mobilemoe", "mobilemoe-int4"})
 
 
 class ConversionError(ValueError):
@@ -53,15 +55,25 @@ _MOBILEMOE = {
     "feed_forward.experts.down": "feed_forward.experts.down_proj",
     **{f"feed_forward.shared.{part}.weight": f"feed_forward.shared_expert.{part}_proj.weight" for part in _PARTS},
 }
+_QWEN = {
+    **_LLAMA,
+    "feed_forward.router.weight": "mlp.gate.weight", "feed_forward.router.bias": "mlp.gate.e_score_correction_bias",
+    "feed_forward.experts.gate_up": "mlp.experts.gate_up_proj", "feed_forward.experts.down": "mlp.experts.down_proj",
+    **{f"feed_forward.shared.{part}.weight": f"mlp.shared_experts.{part}_proj.weight" for part in _PARTS},
+}  # fmt: skip
+_MIXTRAL = {ours: theirs.replace("mlp.", "block_sparse_moe.") for ours, theirs in _QWEN.items()}
 _BLOCKS: dict[Layout, dict[str, str]] = {
     "llama": _LLAMA, "mobilellm": _LLAMA, "llama4": _LLAMA4, "mobilemoe": _MOBILEMOE, "mobilemoe-int4": _MOBILEMOE,
+    "mixtral": _MIXTRAL, "qwen3_moe": _QWEN, "glm4_moe": _QWEN,
 }  # fmt: skip
 
 
 def default_layout(config: ModelConfig) -> Layout:
     """The plainest layout that holds the model."""
+    if config.moe is not None and config.moe.score == "softmax":
+        return "qwen3_moe" if config.qk_norm else "mixtral"
     if config.moe is not None:
-        return "mobilemoe"
+        return "glm4_moe" if config.moe.dense_layers else "mobilemoe"
     return "llama4" if config.qk_norm else "mobilellm" if config.block_repeat > 1 else "llama"
 
 

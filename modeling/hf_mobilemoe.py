@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling.config import ModelConfig
-from modeling.hf_fields import expect, number, read_rope, whole, write_rope
+from modeling.hf_fields import expect, flag, number, read_rope, whole, write_rope
 from modeling.hf_layouts import ConversionError
 from modeling.moe_config import MoEConfig
 
@@ -41,7 +41,7 @@ def hf_config(config: ModelConfig, *, int4: bool) -> dict[str, Any]:
     if moe.dense_layers:
         raise ConversionError(f"the mobilemoe layout has experts in every layer, the model's first {moe.dense_layers} are "
                               "dense; no key says so")
-    dense = {} if config.ffn_size == _active_width(moe) else {"dense_intermediate_size": config.ffn_size}
+    dense = {} if config.ffn_size == moe.active_size else {"dense_intermediate_size": config.ffn_size}
     return {
         "architectures": ["MobileMoEForCausalLM"], "model_type": "mobilemoe",
         "auto_map": {"AutoConfig": "configuration_mobilemoe.MobileMoEConfig",
@@ -60,10 +60,6 @@ def hf_config(config: ModelConfig, *, int4: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _active_width(moe: MoEConfig) -> int:
-    return moe.top_k * moe.expert_size + moe.shared_size
-
-
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Our config of a MobileMoE config.json. Raises ConversionError for what is not MobileMoE as we know it."""
     _check(hf)
@@ -71,22 +67,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     moe = MoEConfig(
         num_experts=whole(hf, "num_local_experts"), top_k=whole(hf, "num_experts_per_tok"),
         expert_size=whole(hf, "intermediate_size"), shared_size=whole(hf, "intermediate_size_mlp"),
-        normalize=_flag(hf, "norm_topk_prob"), route_scale=number(hf, "routed_scaling_factor"),
+        normalize=flag(hf, "norm_topk_prob"), route_scale=number(hf, "routed_scaling_factor"),
     )  # fmt: skip
     return ModelConfig(
         vocab_size=whole(hf, "vocab_size"), hidden_size=whole(hf, "hidden_size"), num_layers=whole(hf, "num_hidden_layers"),
         num_heads=whole(hf, "num_attention_heads"), num_kv_heads=whole(hf, "num_key_value_heads"),
         head_dim=whole(hf, "head_dim"), max_positions=whole(hf, "max_position_embeddings"), rope_theta=theta,
         rope_scaling=scaling, norm_eps=number(hf, "rms_norm_eps"), init_std=hf.get("initializer_range", 0.02),
-        tie_embeddings=_flag(hf, "tie_word_embeddings"), qk_norm=_flag(hf, "use_qk_norm"), moe=moe,
-        ffn_size=whole(hf, "dense_intermediate_size") if "dense_intermediate_size" in hf else _active_width(moe),
+        tie_embeddings=flag(hf, "tie_word_embeddings"), qk_norm=flag(hf, "use_qk_norm"), moe=moe,
+        ffn_size=whole(hf, "dense_intermediate_size") if "dense_intermediate_size" in hf else moe.active_size,
     )  # fmt: skip
-
-
-def _flag(hf: Mapping[str, Any], key: str) -> bool:
-    if not isinstance(hf.get(key), bool):
-        raise ConversionError(f"config.json has {key}={hf.get(key)!r}; expected true or false")
-    return bool(hf[key])
 
 
 def _check(hf: Mapping[str, Any]) -> None:

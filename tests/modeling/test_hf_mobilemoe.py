@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,11 +226,8 @@ def test_damaged_int4_weights_are_named() -> None:
 
 
 @pytest.mark.parametrize(("kind", "words"), [
-    ("qwen3_moe", "QK-norm has trained weights"), ("olmoe", "whole projection"), ("glm4_moe", "rotates half of a head"),
-    ("deepseek_v3", "latent attention"), ("qwen2_moe", "a gate"), (["llama"], "is not one of"),
+    ("olmoe", "whole projection"), ("deepseek_v3", "latent attention"), ("qwen2_moe", "a gate"), (["llama"], "is not one of"),
 ])  # fmt: skip
-def test_relatives_that_our_decoder_is_not_are_refused_with_the_reason(kind: Any, words: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    (tmp_path / "model.safetensors").write_bytes(b"")
+def test_relatives_that_our_decoder_is_not_are_refused_with_the_reason(kind: Any, words: str) -> None:
     with pytest.raises(ConversionError, match=words):
-        config_from_hf(json.loads((tmp_path / "config.json").read_text()))
+        config_from_hf({"model_type": kind})

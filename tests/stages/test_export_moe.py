@@ -119,7 +119,7 @@ def test_a_mixture_that_no_layout_holds_is_refused_and_nothing_is_written(tmp_pa
     job = pretrain_job(tmp_path / "job", model=replace(MODEL, qk_norm=True, moe=moe), steps=1)
     checkpoint = run_stages([job], Process())[0].checkpoint
     with pytest.raises(ConversionError, match="first 1 are dense"):
-        export_hf(checkpoint, tmp_path / "hf")
+        export_hf(checkpoint, tmp_path / "hf", "mobilemoe")
     done = launch("export", "--checkpoint", str(checkpoint), "--to", "hf", "--layout", "llama4",
                   "--output", str(tmp_path / "hf"))
     assert done.returncode == 2 and "the llama4 layout has no experts" in done.stderr and len(done.stderr.splitlines()) == 1
