@@ -67,6 +67,8 @@ class ExactAttention(Attention):
 
 def suits(config: ModelConfig, spec: QuantSpec) -> bool:
     """Whether the runtime has operations for such a model, and this machine the runtime."""
+    if config.moe is not None:
+        return False  # PyTorch's own arithmetic for experts
     sizes = (config.hidden_size, config.ffn_size, config.head_dim)
     if spec.weight_bits != 4 or spec.group_size != GROUP or spec.activation_bits != 8 or any(size % GROUP for size in sizes):
         return False
