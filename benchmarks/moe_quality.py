@@ -58,7 +58,7 @@ def recipe(name: str, seed: int, steps: int) -> Any:
     return replace(
         base, name="moe_quality", model=replace(base.model, moe=moe), pretrain=stage, midtrain=None, sft=None, qat=None,
         train=replace(base.train, seed=seed, log_every=10, held_out=(held_out,)), launch=replace(base.launch, workers=1),
-        tracking=replace(base.tracking, mode="disabled"),
+        tracking=replace(base.tracking, wandb="disabled"),
     )  # fmt: skip
 
 
