@@ -14,9 +14,10 @@ _MODULES = {
     "grouped_linear": "grouped_gemm",
     "plan_dropless": "permute", "gather_rows": "permute", "combine_rows": "permute",
     "PackedExperts": "packed", "pack_experts": "packed",
-    "quantize_rows": "rows", "swiglu_rows": "rows",
-    "grouped_w4": "w4_grouped", "matvec_w4": "w4_matvec",
-    "moe_w4a16": "moe", "moe_w4a8": "moe",
+    "quantize_rows": "rows", "swiglu_rows": "rows", "swiglu_quantize_rows": "rows",
+    "grouped_w4": "w4_grouped", "matvec_w4": "w4_matvec", "MatvecBlocks": "w4_matvec",
+    "moe_w4a16": "moe", "moe_w4a8": "moe", "MoeBlocks": "moe",
+    "Blocks": "blocks",
 }  # fmt: skip
 __all__ = [*_MODULES, "installed"]
 

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ModuleNotFoundError(
         "kernels.triton needs the package triton, which this environment lacks; install the release of your torch "
-        "(3.6.0 for torch 2.11, 3.7.1 for 2.13): pip install -c constraints.txt 'pocketforge[triton]'",
+        "(3.6.0 for torch 2.11, 3.7.1 for 2.13): in a checkout: pip install -c constraints.txt '.[triton]'",
         name="triton",
     ) from error
 

@@ -49,11 +49,13 @@ SINGLE = {
 }
 SMALL_HALF = Blocks(rows=64, cols=64, depth=64, stages=3)
 """Fits the 99 KiB of shared memory that GPUs below the A100 have."""
-FOUR_BIT = {  # depth counts rows of the weight where groups lie along the output; a pair of groups (64) where along the input
-    16: Blocks(rows=16, cols=64, depth=64, stages=4),
-    64: Blocks(rows=32, cols=128, depth=64, stages=4),
-    1 << 31: Blocks(rows=64, cols=128, depth=64, stages=4),
+FOUR_BIT = {  # depth is for groups along the output; where they lie along the input a step is a pair of them
+    16: Blocks(rows=16, cols=64, depth=32, stages=4),
+    64: Blocks(rows=32, cols=128, depth=32, stages=4),
+    1 << 31: Blocks(rows=64, cols=128, depth=32, warps=8, stages=4),
 }
+FOUR_BIT_SINGLE = Blocks(rows=32, cols=64, depth=32, warps=8, stages=2)
+"""fp32 without TF32 has no tensor cores: larger tiles do not fit the registers."""
 
 
 def product_blocks(dtype: torch.dtype, rows: int, experts: int, device: torch.device) -> Blocks:
@@ -71,9 +73,9 @@ def weight_grad_blocks(dtype: torch.dtype, device: torch.device) -> Blocks:
     return blocks if blocks.depth * 256 * 2 * blocks.stages <= _shared_memory(device) else SMALL_HALF
 
 
-def four_bit_blocks(rows: int, experts: int) -> Blocks:
-    """For a grouped product with weights of four bits."""
-    return _first(FOUR_BIT, rows, experts)
+def four_bit_blocks(dtype: torch.dtype, rows: int, experts: int) -> Blocks:
+    """For a grouped product of rows of `dtype` with weights of four bits."""
+    return FOUR_BIT_SINGLE if dtype == torch.float32 else _first(FOUR_BIT, rows, experts)
 
 
 def _first(table: dict[int, Blocks], rows: int, experts: int) -> Blocks:
@@ -84,5 +86,5 @@ def _first(table: dict[int, Blocks], rows: int, experts: int) -> Blocks:
 def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 31
-    bytes_a_block: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return bytes_a_block
+    # A block can have what a multiprocessor has but for 1 KiB, which the driver keeps for itself.
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024

@@ -48,7 +48,7 @@ def grouped_w4(
     result = x.new_empty(rows, weight.outputs, dtype=dtype or (torch.float32 if x.dtype == torch.int8 else x.dtype))
     if not result.numel():
         return result
-    chosen = blocks or four_bit_blocks(rows, weight.experts)
+    chosen = blocks or four_bit_blocks(x.dtype, rows, weight.experts)
     schedule = tile_schedule(counts, rows, chosen.rows)
     shared: dict[str, Any] = {
         "INT8": x.dtype == torch.int8, "INDEXED": index is not None, "EXPERTS": schedule.experts,
@@ -61,11 +61,11 @@ def grouped_w4(
     sizes = (schedule.bounds, len(x), weight.inputs, weight.outputs, schedule.most_tiles)
     grid = (schedule.most_tiles * triton.cdiv(weight.outputs, chosen.cols),)
     if weight.axis == "input":
-        _input_kernel[grid](*tensors, *sizes, **shared)
+        _tiles_by_input[grid](*tensors, *sizes, **shared)
     else:
         if chosen.cols < 2 * GROUP:
             raise ValueError(f"blocks.cols={chosen.cols}; a tile of output groups is 64 wide or more")
-        _output_kernel[grid](*tensors, *sizes, BLOCK_K=chosen.depth, **shared)
+        _tiles_by_output[grid](*tensors, *sizes, BLOCK_K=chosen.depth, **shared)
     return result
 
 
@@ -91,7 +91,7 @@ def load_rows(index_ptr, first, end, num_rows, BLOCK_R: tl.constexpr, INDEXED: t
 
 
 @triton.jit
-def _input_kernel(
+def _tiles_by_input(
     x_ptr, x_scales_ptr, index_ptr, codes_ptr, scales_ptr, y_ptr, bounds_ptr, num_rows, inputs, outputs, tiles,
     INT8: tl.constexpr, INDEXED: tl.constexpr, EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
@@ -138,7 +138,7 @@ def _input_kernel(
 
 
 @triton.jit
-def _output_kernel(
+def _tiles_by_output(
     x_ptr, x_scales_ptr, index_ptr, codes_ptr, scales_ptr, y_ptr, bounds_ptr, num_rows, inputs, outputs, tiles,
     INT8: tl.constexpr, INDEXED: tl.constexpr, EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,

@@ -64,15 +64,15 @@ def matvec_w4(
     shared = {"INT8": x.dtype == torch.int8, "EXPERTS": weight.experts, "PAIRS": blocks.pairs, "num_warps": blocks.warps}
     if weight.axis == "input":
         grid = (triton.cdiv(weight.outputs, blocks.outputs), pairs)
-        _input_kernel[grid](*tensors, *sizes, BLOCK_N=blocks.outputs, **shared)
+        _pairs_by_input[grid](*tensors, *sizes, BLOCK_N=blocks.outputs, **shared)
     else:
         grid = (triton.cdiv(weight.outputs, 64 * blocks.pairs), pairs)
-        _output_kernel[grid](*tensors, *sizes, BLOCK_K=blocks.inputs, **shared)
+        _pairs_by_output[grid](*tensors, *sizes, BLOCK_K=blocks.inputs, **shared)
     return result
 
 
 @triton.jit
-def _input_kernel(
+def _pairs_by_input(
     x_ptr, x_scales_ptr, experts_ptr, codes_ptr, scales_ptr, y_ptr, inputs, outputs, share,
     INT8: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _group_sums(nibbles, x, INT8: tl.constexpr):
 
 
 @triton.jit
-def _output_kernel(
+def _pairs_by_output(
     x_ptr, x_scales_ptr, experts_ptr, codes_ptr, scales_ptr, y_ptr, inputs, outputs, share,
     INT8: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

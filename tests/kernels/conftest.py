@@ -1,8 +1,9 @@
-"""How the tests of Triton kernels run in its interpreter: in a process of their own, one for each file.
+"""How the tests of Triton kernels run in its interpreter: in a process of their own.
 
 TRITON_INTERPRET is read when triton is first imported, and decides for good whether its functions are compiled or
-interpreted. Other tests of a worker import triton without it (torchao does), and would find it set. So a test that needs the
-interpreter is handed, with the others of its file, to a pytest with that variable, and its outcome there is its outcome.
+interpreted. Other tests of a worker import triton without it (torchao does), and would find it set. So all tests that need the
+interpreter are handed to a pytest with that variable, and their outcomes there are their outcomes. Under pytest-xdist,
+which gives each file to one worker, that is a process for each file.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import pytest
 import torch
 
 IN_CHILD = "POCKETFORGE_TRITON_TESTS"
-Outcomes = dict[str, tuple[str, str]]
-"""Of each test of a file, by name: passed, skipped or failed, and why."""
-_OUTCOMES = pytest.StashKey[dict[Path, Outcomes]]()
+Name = tuple[str, str]
+"""Of a test: its module's last name and its own."""
+Outcomes = dict[Name, tuple[str, str]]
+"""Passed, skipped or failed, and why."""
+_OUTCOMES = pytest.StashKey[Outcomes]()
 
 
 @pytest.fixture(params=["interpreter", "cuda"])
@@ -49,12 +52,14 @@ def _need_triton() -> None:
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not _interpreted(pyfuncitem) or IN_CHILD in os.environ:
         return None
-    files = pyfuncitem.session.stash.setdefault(_OUTCOMES, {})
-    if pyfuncitem.path not in files:
-        mine = [item.nodeid for item in pyfuncitem.session.items
-                if isinstance(item, pytest.Function) and item.path == pyfuncitem.path and _interpreted(item)]  # fmt: skip
-        files[pyfuncitem.path] = _run(mine, pyfuncitem.config.rootpath)
-    outcome, why = files[pyfuncitem.path].get(pyfuncitem.name, ("failed", "the interpreter's process did not report this test"))
+    outcomes = pyfuncitem.session.stash.setdefault(_OUTCOMES, {})
+    name = (pyfuncitem.path.stem, pyfuncitem.name)
+    if name not in outcomes:
+        one_file = "PYTEST_XDIST_WORKER" in os.environ
+        together = [item for item in pyfuncitem.session.items if isinstance(item, pytest.Function) and _interpreted(item)
+                    and (item.path == pyfuncitem.path or not one_file)]  # fmt: skip
+        outcomes |= _run(together, pyfuncitem.config.rootpath)
+    outcome, why = outcomes[name]
     if outcome == "skipped":
         pytest.skip(why)
     if outcome == "failed":
@@ -67,17 +72,19 @@ def _interpreted(item: pytest.Function) -> bool:
     return "interpreter" in item.fixturenames or parameters.get("device") == "interpreter"
 
 
-def _run(names: list[str], root: Path) -> Outcomes:
+def _run(items: list[pytest.Function], root: Path) -> Outcomes:
     unwanted = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")
     environment = {key: value for key, value in os.environ.items() if key not in unwanted and "XDIST" not in key}
     environment |= {"TRITON_INTERPRET": "1", IN_CHILD: "1"}
     with tempfile.TemporaryDirectory(prefix="triton_tests_") as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", f"--junitxml={report}", *names]
+        command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += [item.nodeid for item in items]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-        if not report.exists():
-            pytest.fail(f"the interpreter's process ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-        return {case.get("name", ""): _outcome(case) for case in ElementTree.parse(report).iter("testcase")}
+        told = f"the interpreter's process ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+        outcomes = {(item.path.stem, item.name): ("failed", told) for item in items}
+        cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()
+        return outcomes | {(case.get("classname", "").rpartition(".")[2], case.get("name", "")): _outcome(case) for case in cases}
 
 
 def _outcome(case: ElementTree.Element) -> tuple[str, str]:

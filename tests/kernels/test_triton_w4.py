@@ -15,10 +15,13 @@ from quant.spec import QuantSpec
 from tests.helpers.triton_inputs import TYPES, assert_rounded, draw, draw_experts, draw_ids
 
 BLOCKS = Blocks(rows=32, cols=128, depth=64)
+WIDE = {"outputs": 128, "pairs": 4, "inputs": 64}
+"""Of MatvecBlocks, whose module needs triton."""
 COUNTS = [5, 0, 40, 22]
 AXES = ["input", "output"]
 SIZES = [(96, 160), (128, 64), (32, 32), (160, 224)]  # of pairs of groups: odd, whole, half a one
-X_TYPES = [*TYPES, torch.int8]
+CASES = [*((size, dtype) for size in SIZES for dtype in (torch.float32, torch.int8)),
+         (SIZES[0], torch.float16), (SIZES[0], torch.bfloat16)]  # fmt: skip
 
 
 def rows_of(count: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -102,15 +105,12 @@ def test_swiglu_alone_and_with_rounding(device, dtype):
     hidden = kt.swiglu_rows(gate_up, block=64)
     assert hidden.dtype == dtype
     assert_rounded(hidden, reference.swiglu_rows(gate_up.cpu()), dtype)
-    from kernels.triton.rows import swiglu_quantize_rows
-
-    fused, apart = swiglu_quantize_rows(gate_up, block=64), kt.quantize_rows(hidden, block=64)
+    fused, apart = kt.swiglu_quantize_rows(gate_up, block=64), kt.quantize_rows(hidden, block=64)
     assert torch.equal(fused[0], apart[0]) and torch.equal(fused[1], apart[1])
 
 
-@pytest.mark.parametrize("dtype", X_TYPES, ids=str)
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
 def test_sorted_rows_go_through_their_experts(device, size, axis, dtype):
     weight = draw_experts(4, *size, axis)
     x, scales = rows_of(70, size[0], dtype, device)
@@ -124,14 +124,13 @@ def test_sorted_rows_go_through_their_experts(device, size, axis, dtype):
     assert (got[67:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", X_TYPES, ids=str)
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
 def test_pairs_go_through_their_experts(device, size, axis, dtype):
     weight = draw_experts(4, *size, axis)
     experts = torch.tensor([2, 0, 3, 3, 1, 9], device=device)  # two a row; the last is nobody's
     x, scales = rows_of(3, size[0], dtype, device)
-    got = kt.matvec_w4(x, weight.to(device), experts, scales=scales, dtype=torch.float32)
+    got = kt.matvec_w4(x, weight.to(device), experts, scales=scales, dtype=torch.float32, blocks=kt.MatvecBlocks(**WIDE))
     exact = x.float() if scales is None else x  # this path rounds no weight
     want = torch.cat([
         through(exact[p // 2 : p // 2 + 1], None if scales is None else scales[p // 2 : p // 2 + 1], weight, int(experts[p]))
@@ -158,7 +157,7 @@ def test_integers_are_exact(device, path):
     if path == "tiles":
         got = kt.grouped_w4(x.to(device), device_weight, torch.tensor(counts, device=device), scales=ones, blocks=BLOCKS)
     else:
-        got = kt.matvec_w4(x.to(device), device_weight, ids.to(device), scales=ones)
+        got = kt.matvec_w4(x.to(device), device_weight, ids.to(device), scales=ones, blocks=kt.MatvecBlocks(**WIDE))
     assert got.dtype == torch.float32 and torch.equal(got.cpu().double(), want)
 
 
@@ -187,13 +186,11 @@ def test_wrong_rows_are_refused(interpreter):
 @pytest.mark.parametrize("path", ["decode", "prefill"])
 @pytest.mark.parametrize("axis", AXES)
 def test_a_layer_of_experts_is_the_sum_over_each_tokens_choices(device, axis, path, int8):
-    from kernels.triton.moe import MoeBlocks
-
     gate_up, down = draw_experts(6, 96, 128, axis), draw_experts(6, 64, 96, axis, seed=7)
     x, mix, experts = draw(9, 96, seed=3), draw(9, 2, seed=4).sigmoid(), draw_ids(9, 2, below=5, seed=5)
     layer = kt.moe_w4a8 if int8 else kt.moe_w4a16
     got = layer(*(t.to(device) for t in (x, experts, mix, gate_up, down)), path=path,
-                blocks=MoeBlocks(grouped=BLOCKS, rows=32))  # fmt: skip
+                blocks=kt.MoeBlocks(grouped=BLOCKS, matvec=kt.MatvecBlocks(**WIDE), rows=32))  # fmt: skip
     want = reference.moe(x, experts, mix, gate_up, down, int8=int8)
     if not int8:
         assert_rounded(got, want, torch.float32, ulps=8.0)
