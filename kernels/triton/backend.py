@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ModuleNotFoundError(
         "kernels.triton needs the package triton, which this environment lacks; install the release of your torch "
-        "(3.6.0 for torch 2.11, 3.7.1 for 2.13): in a checkout: pip install -c constraints.txt '.[triton]'",
+        "(3.6.0 for torch 2.11, 3.7.1 for 2.13); in a checkout, pip install -c constraints.txt '.[triton]'",
         name="triton",
     ) from error
 
@@ -52,6 +52,9 @@ def check_tensors(**tensors: Tensor) -> None:
             f"Triton kernels run on a GPU, got tensors on {device}; move them there, or set TRITON_INTERPRET=1 before "
             "triton is first imported to run (slowly) on a CPU"
         )
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Triton launches on the current device, whatever the tensors say.
+        raise ValueError(f"tensors on {device}, the current device is cuda:{torch.cuda.current_device()}; use torch.cuda.device")
 
 
 @triton.jit

@@ -83,8 +83,9 @@ def _run(items: list[pytest.Function], root: Path) -> Outcomes:
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
         told = f"the interpreter's process ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
         outcomes = {(item.path.stem, item.name): ("failed", told) for item in items}
-        cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()
-        return outcomes | {(case.get("classname", "").rpartition(".")[2], case.get("name", "")): _outcome(case) for case in cases}
+        for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+            outcomes[case.get("classname", "").rpartition(".")[2], case.get("name", "")] = _outcome(case)
+        return outcomes
 
 
 def _outcome(case: ElementTree.Element) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kernels" / "triton"
@@ -49,6 +50,14 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="kernels.triton has no 'grouped'; it has Blocks, MatvecBlocks"):
         kt.grouped  # noqa: B018
+
+
+def test_the_benchmark_says_in_one_line_that_there_is_no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: the benchmark would run")
+    done = subprocess.run([sys.executable, "benchmarks/triton_moe.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "error: no CUDA device here; this benchmark measures a GPU: run it where there is one\n"
 
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
