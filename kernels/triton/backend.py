@@ -54,7 +54,8 @@ def check_tensors(**tensors: Tensor) -> None:
         )
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device, whatever the tensors say.
-        raise ValueError(f"tensors on {device}, the current device is cuda:{torch.cuda.current_device()}; use torch.cuda.device")
+        current = torch.cuda.current_device()
+        raise ValueError(f"tensors on {device}, but cuda:{current} is the current device; call within torch.cuda.device")
 
 
 @triton.jit
