@@ -7,7 +7,7 @@ from typing import Any
 
 from modeling import hf_mobilemoe, hf_stock_moe
 from modeling.config import ModelConfig
-from modeling.hf_fields import expect, read_rope, whole, write_rope
+from modeling.hf_fields import expect, head_sizes, init_std, number, read_rope, whole, write_rope
 from modeling.hf_layouts import MOBILEMOE, STOCK_MOE, ConversionError, Layout, default_layout
 
 _KINDS: dict[str, Layout] = {
@@ -109,16 +109,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> tuple[ModelConfig, Layout]:
 def _dense_from_hf(hf: Mapping[str, Any], layout: Layout) -> ModelConfig:
     if layout == "llama4":
         _check_llama4(hf)
-    heads = whole(hf, "num_attention_heads")
     theta, scaling = read_rope(hf, layout)
     tied = hf.get("share_embedding", False) if layout == "mobilellm" else hf.get("tie_word_embeddings", False)
     return ModelConfig(
         vocab_size=whole(hf, "vocab_size"), hidden_size=whole(hf, "hidden_size"),
-        num_layers=whole(hf, "num_hidden_layers"), num_heads=heads, num_kv_heads=hf.get("num_key_value_heads") or heads,
+        num_layers=whole(hf, "num_hidden_layers"), **head_sizes(hf),
         ffn_size=whole(hf, "intermediate_size_mlp" if layout == "llama4" else "intermediate_size"),
-        head_dim=hf.get("head_dim") or whole(hf, "hidden_size") // heads,
         max_positions=whole(hf, "max_position_embeddings"), rope_theta=theta, rope_scaling=scaling,
-        norm_eps=float(hf["rms_norm_eps"]), init_std=hf.get("initializer_range", 0.02), tie_embeddings=bool(tied),
+        norm_eps=number(hf, "rms_norm_eps"), init_std=init_std(hf), tie_embeddings=bool(tied),
         qk_norm=layout == "llama4" and bool(hf.get("use_qk_norm", True)), block_repeat=2 if hf.get("layer_sharing") else 1,
     )  # fmt: skip
 

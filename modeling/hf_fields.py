@@ -18,14 +18,28 @@ def whole(hf: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def number(hf: Mapping[str, Any], key: str, *, where: str = "config.json", least: float = 0.0) -> float:
-    """A finite positive number, `least` or more."""
+def number(hf: Mapping[str, Any], key: str, *, where: str = "config.json", least: float | None = None) -> float:
+    """A finite number: above 0, or `least` or more."""
     value = hf.get(key)
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or value <= 0 or value < least:  # type: ignore[operator]
-        wanted = f"of at least {least:g}" if least else "above 0"
+    if not fits or (value <= 0 if least is None else value < least):  # type: ignore[operator]
+        wanted = "above 0" if least is None else f"of at least {least:g}"
         raise ConversionError(f"{where} has {key}={value!r}; expected a number {wanted}")
     return float(value)  # type: ignore[arg-type]
+
+
+def head_sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads, key/value heads and the size of one; the last two may be left out."""
+    heads = whole(hf, "num_attention_heads")
+    return {
+        "num_heads": heads,
+        "num_kv_heads": heads if hf.get("num_key_value_heads") is None else whole(hf, "num_key_value_heads"),
+        "head_dim": whole(hf, "hidden_size") // max(1, heads) if hf.get("head_dim") is None else whole(hf, "head_dim"),
+    }
+
+
+def init_std(hf: Mapping[str, Any]) -> float:
+    return 0.02 if hf.get("initializer_range") is None else number(hf, "initializer_range", least=0)
 
 
 def flag(hf: Mapping[str, Any], key: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling.config import ModelConfig
-from modeling.hf_fields import expect, flag, number, read_rope, whole, write_rope
+from modeling.hf_fields import expect, flag, init_std, number, read_rope, whole, write_rope
 from modeling.hf_layouts import ConversionError
 from modeling.moe_config import MoEConfig
 
@@ -73,7 +73,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         vocab_size=whole(hf, "vocab_size"), hidden_size=whole(hf, "hidden_size"), num_layers=whole(hf, "num_hidden_layers"),
         num_heads=whole(hf, "num_attention_heads"), num_kv_heads=whole(hf, "num_key_value_heads"),
         head_dim=whole(hf, "head_dim"), max_positions=whole(hf, "max_position_embeddings"), rope_theta=theta,
-        rope_scaling=scaling, norm_eps=number(hf, "rms_norm_eps"), init_std=hf.get("initializer_range", 0.02),
+        rope_scaling=scaling, norm_eps=number(hf, "rms_norm_eps"), init_std=init_std(hf),
         tie_embeddings=flag(hf, "tie_word_embeddings"), qk_norm=flag(hf, "use_qk_norm"), moe=moe,
         ffn_size=whole(hf, "dense_intermediate_size") if "dense_intermediate_size" in hf else moe.active_size,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modeling.config import ModelConfig
-from modeling.hf_fields import expect, flag, number, read_rope, whole, write_rope
+from modeling.hf_fields import expect, flag, head_sizes, init_std, number, read_rope, whole, write_rope
 from modeling.hf_layouts import ConversionError, Layout
 from modeling.moe_config import MoEConfig
 
@@ -88,10 +88,9 @@ def config_from_hf(hf: Mapping[str, Any], layout: Layout) -> ModelConfig:
         ffn_size = whole(hf, "intermediate_size")
     return ModelConfig(
         vocab_size=whole(hf, "vocab_size"), hidden_size=whole(hf, "hidden_size"), num_layers=whole(hf, "num_hidden_layers"),
-        num_heads=whole(hf, "num_attention_heads"), num_kv_heads=whole(hf, "num_key_value_heads"), ffn_size=ffn_size,
-        head_dim=hf.get("head_dim") or whole(hf, "hidden_size") // max(1, whole(hf, "num_attention_heads")),
+        **head_sizes(hf), ffn_size=ffn_size,
         max_positions=whole(hf, "max_position_embeddings"), rope_theta=theta, rope_scaling=scaling,
-        norm_eps=number(hf, "rms_norm_eps"), init_std=hf.get("initializer_range", 0.02),
+        norm_eps=number(hf, "rms_norm_eps"), init_std=init_std(hf),
         tie_embeddings=flag(hf, "tie_word_embeddings"), moe=moe,
         qk_norm=layout == "qwen3_moe" or (layout == "glm4_moe" and flag(hf, "use_qk_norm")),
     )  # fmt: skip
