@@ -190,6 +190,8 @@ def _export(directory: Path, sweep: SweepRecipe, count: int, output: Path) -> No
 
     if count < 1:
         raise InputError(f"--pick {count}; expected at least 1")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; name a folder for the picks")
     if output.exists() and any(output.iterdir()):
         raise InputError(f"--output {output} is not empty; name another, nothing is overwritten")
     for folder in export_picks(sweep, directory, count, output, _say):
