@@ -48,6 +48,12 @@ def _need_triton() -> None:
         pytest.skip("triton is not installed: pip install -c constraints.txt '.[triton]'")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _interpreted(item) and IN_CHILD not in os.environ:
+            item.add_marker(pytest.mark.timeout(1200))  # the first waits for all of them
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not _interpreted(pyfuncitem) or IN_CHILD in os.environ:
@@ -56,8 +62,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     name = (pyfuncitem.path.stem, pyfuncitem.name)
     if name not in outcomes:
         one_file = "PYTEST_XDIST_WORKER" in os.environ
-        together = [item for item in pyfuncitem.session.items if isinstance(item, pytest.Function) and _interpreted(item)
-                    and (item.path == pyfuncitem.path or not one_file)]  # fmt: skip
+        together = [item for item in pyfuncitem.session.items
+                    if _interpreted(item) and (item.path == pyfuncitem.path or not one_file)]  # fmt: skip
         outcomes |= _run(together, pyfuncitem.config.rootpath)
     outcome, why = outcomes[name]
     if outcome == "skipped":
@@ -67,12 +73,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-def _interpreted(item: pytest.Function) -> bool:
+def _interpreted(item: pytest.Item) -> bool:
+    if not isinstance(item, pytest.Function) or not item.path.stem.startswith("test_triton_"):
+        return False
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return "interpreter" in item.fixturenames or parameters.get("device") == "interpreter"
 
 
-def _run(items: list[pytest.Function], root: Path) -> Outcomes:
+def _run(items: list[pytest.Item], root: Path) -> Outcomes:
     unwanted = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")
     environment = {key: value for key, value in os.environ.items() if key not in unwanted and "XDIST" not in key}
     environment |= {"TRITON_INTERPRET": "1", IN_CHILD: "1"}
