@@ -15,9 +15,9 @@ from typing import Any
 from launch.config import LaunchConfig, Recipe
 from launch.rundir import open_run, read_json_object, write_json
 from launch.search_quality import held_out_set
-from search.scaling_design import Rules, build
 from search.scaling_files import Run, runs_text
 from search.scaling_law import Choice, LawError
+from search.scaling_shapes import Rules, build
 from stages.config import CheckpointConfig, TrainConfig
 from stages.errors import InputError, NonFiniteError
 
@@ -85,7 +85,8 @@ class Ladder:
         rules = Rules(vocab_size=model.vocab_size, rope_theta=model.rope_theta)
         layers = -(-rung.hidden // 40)
         try:
-            config = build(rung.hidden, layers, self.kv_heads, rung.experts, rung.choice or Choice(), rules, model.max_positions)
+            config = build(rung.hidden, layers, self.kv_heads, rung.experts, rung.choice or Choice(), rules,
+                           model.max_positions)  # fmt: skip
         except LawError as error:
             raise InputError(f"rung {rung.name}: {error}; choose other widths, granularities or KV heads") from None
         steps = max(1, round(rung.tokens / (stage.global_batch * stage.seq_len)))
@@ -149,5 +150,5 @@ def _record(rung: Rung, recipe: Recipe, scores: dict[str, Any]) -> Run:
         name=rung.name, active=model.num_active_params(), total=model.num_params(),
         active_without_embedding=model.num_active_params() - model.vocab_size * model.hidden_size,
         tokens=stage.steps * stage.global_batch * stage.seq_len, experts=rung.experts, granularity=choice.granularity,
-        shared=choice.shared, loss=after["loss"], bits_per_byte=after["bits_per_byte"],
+        shared=choice.shared, loss=after["loss"], bits_per_byte=after["bits_per_byte"], vocab_size=model.vocab_size,
     )  # fmt: skip

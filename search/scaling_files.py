@@ -33,21 +33,23 @@ class Run:
     loss: float
     """Held-out, in nats a token."""
     bits_per_byte: float | None = None
+    vocab_size: int | None = None
+    """Of the tokenizer whose tokens the loss counts."""
     name: str = ""
 
     def __post_init__(self) -> None:
         numbers: dict[str, tuple[Any, float]] = {"active": (self.active, 1), "tokens": (self.tokens, 1),
                                                  "experts": (self.experts, 1), "granularity": (self.granularity, 1),
                                                  "loss": (self.loss, 0)}  # fmt: skip
-        for name in ("active_without_embedding", "total", "bits_per_byte"):
+        for name in ("active_without_embedding", "total", "bits_per_byte", "vocab_size"):
             if getattr(self, name) is not None:
                 numbers[name] = getattr(self, name), 0
         for name, (value, least) in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
                 raise LawError(f"{name} is {value!r}; expected a finite number of at least {least:g}")
         if self.loss == 0 or not isinstance(self.shared, bool) or self.granularity != int(self.granularity):
-            raise LawError(f"loss {self.loss!r}, shared {self.shared!r}, granularity {self.granularity!r}; expected a loss above "
-                           "0, true or false, and a whole number")  # fmt: skip
+            raise LawError(f"loss {self.loss!r}, shared {self.shared!r}, granularity {self.granularity!r}; expected a loss "
+                           "above 0, true or false, and a whole number")  # fmt: skip
         _ = self.choice
 
     @property
@@ -135,9 +137,10 @@ def read_law(path: Path) -> ScalingLaw:
 
 def _part(values: Mapping[str, Any]) -> Part:
     constants = {name: _number(values["constants"][name]) for name in _NAMES}
+    draws = (dict(zip(_NAMES, map(_number, draw), strict=True)) for draw in values["draws"])
     return Part(constants=_positive(constants), **{name: _pair(values[name]) for name in ("active", "tokens", "experts")},
                 rmse=_number(values["rmse"]), noise=_number(values["noise"]), runs=int(values["runs"]),
-                draws=tuple(_positive(dict(zip(_NAMES, map(_number, draw), strict=True))) for draw in values["draws"]))  # fmt: skip
+                draws=tuple(map(_positive, draws)))  # fmt: skip
 
 
 def _positive(values: Mapping[str, float]) -> Constants:

@@ -137,8 +137,9 @@ class _Problem:
             if has_prior:
                 rows = np.concatenate([rows, np.diag(self.pull[places])])
             if np.linalg.matrix_rank(rows, tol=1e-6 * math.sqrt(len(rows))) < len(places):
-                raise LawError(f"the runs leave the exponents of {what} open: too few different {what}"
-                               f"{' for each of the E' if self.several else ''}; train more sizes, or give a prior")  # fmt: skip
+                each = " for each of the E" if self.several else ""
+                raise LawError(f"the runs leave the exponents of {what} open: too few different {what}{each}; train more "
+                               "sizes, or give a prior")
             triangle = np.linalg.qr(rows / math.sqrt(len(self.target)), mode="r")
             moves[np.ix_(places, range(column, column + len(places)))] = np.linalg.inv(triangle)
             column += len(places)
@@ -196,8 +197,8 @@ class _Problem:
             return value, moves.T @ gradient
 
         with np.errstate(over="ignore", invalid="ignore"):
-            found = minimize(along, np.zeros(moves.shape[1]), jac=True, method="L-BFGS-B",
-                             options={"maxiter": steps, "maxfun": 2 * steps, "ftol": 1e-11, "gtol": 1e-5, "maxcor": 20})  # fmt: skip
+            options = {"maxiter": steps, "maxfun": 2 * steps, "ftol": 1e-11, "gtol": 1e-5, "maxcor": 20}
+            found = minimize(along, np.zeros(moves.shape[1]), jac=True, method="L-BFGS-B", options=options)
         theta = start + moves @ found.x
         return theta if np.isfinite(theta).all() else start
 

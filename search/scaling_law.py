@@ -51,8 +51,9 @@ class Constants:
     @classmethod
     def from_vector(cls, theta: Array) -> Constants:
         """From `vector`."""
-        values = [float(value) for value in theta]
-        return cls(math.exp(values[0]), *values[1:4], math.exp(values[4]), *values[5:8], math.exp(values[8]))
+        values = np.array(theta, float)
+        values[[0, 4, 8]] = np.exp(np.clip(values[[0, 4, 8]], -700, 700))
+        return cls(*map(float, values))
 
     def vector(self) -> Array:
         """The nine numbers as they are fitted: A, B and c as logarithms, so that none of them turns negative."""
