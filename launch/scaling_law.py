@@ -22,6 +22,9 @@ from launch.quantities import amount, names, size, whole_numbers  # noqa: E402
 from stages.errors import InputError, RunError  # noqa: E402
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from search.scaling_files import Run
     from search.scaling_law import Choice, ScalingLaw
 
 VERBS = ("design", "fit", "plot", "ladder")
@@ -101,14 +104,18 @@ def _fit(argv: list[str]) -> None:
     from launch.rundir import check_output
     from search.scaling_files import read_runs
 
-    for name, value, least in (("bootstraps", options.bootstraps, 0), ("seed", options.seed, 0)):
-        if value < least:
-            raise InputError(f"--{name} {value}; expected at least {least}")
+    _check_numbers(options)
     check_output(options.output)
     _fit_and_save(options.runs, read_runs(options.runs), options)
 
 
-def _fit_and_save(source: Path, runs: list, options) -> ScalingLaw:
+def _check_numbers(options: Namespace) -> None:
+    for name in ("bootstraps", "seed"):
+        if not 0 <= getattr(options, name) < 2**31:
+            raise InputError(f"--{name} {getattr(options, name)}; expected at least 0 and below 2^31")
+
+
+def _fit_and_save(source: Path, runs: list[Run], options: Namespace) -> ScalingLaw:
     from launch.rundir import write_json
     from launch.scaling_text import print_law, prior_named
     from search.scaling_files import law_to_dict
@@ -166,6 +173,7 @@ def _ladder(argv: list[str]) -> None:
     from launch.scaling_ladder import RUNS, Ladder, climb
     from launch.scaling_plots import write_plot
 
+    _check_numbers(options)
     _needs_scipy()
     hidden, experts, tokens = (tuple(int(amount(text, f"--{name}")) for text in getattr(options, name))
                                for name in ("hidden", "experts", "tokens"))  # fmt: skip

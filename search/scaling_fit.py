@@ -23,6 +23,7 @@ OF_EXPERTS = (1, 3, 5, 7)
 """Places of delta, gamma, omega, zeta in a vector of constants: without several E they are not fitted."""
 LEAST_WITH_PRIOR = 4
 FINALISTS = 4
+STEPS_OF_A_DRAW = 400
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _fit_part(runs: Sequence[Run], prior: Prior | None, bootstraps: int, draw: n
     # by more than its 1, by as much as fitting took off the residuals (the factor HC1 of MacKinnon and White 1985).
     weights = draw.dirichlet(np.full(len(runs), spare / len(runs)), bootstraps) * len(runs)
     moves = problem.alike(theta)
-    draws = [problem.solve(theta, moves, row) for row in weights]
+    draws = [problem.solve(theta, moves, row, STEPS_OF_A_DRAW) for row in weights]
     losses = np.array([run.loss for run in runs])
     sizes = [run.size(embedding) / BILLION for run in runs]
     tokens, experts = [run.tokens / BILLION for run in runs], [run.experts for run in runs]

@@ -72,6 +72,8 @@ class Rules:
         for name in ("kv_heads", "experts"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise LawError(f"{name} is {list(getattr(self, name))}; expected whole numbers of at least 1")
+        if self.vocab_size < 1:
+            raise LawError(f"vocab_size is {self.vocab_size}; expected at least 1")
         if self.choices is not None and not self.choices:
             raise LawError("no way to cut experts is left; name a granularity")
 

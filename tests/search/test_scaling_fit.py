@@ -49,23 +49,23 @@ def test_predictions_from_runs_as_noisy_as_the_papers(seed):
     """The constants trade off against each other there; what they predict is sure, inside and twice beyond."""
     law = fit(runs_of(PUBLISHED, PAPER, 0.003, seed=seed), bootstraps=0)
     for n, d, e in ((0.4, 150, 2), (0.7, 250, 8), (0.9, 500, 16), (0.3, 100, 1)):
-        assert law.predict(n * 1e9, d * 1e9, e, CUT).loss == pytest.approx(float(PUBLISHED.loss(n * 1e9, d * 1e9, e)), rel=0.005)
+        place = n * 1e9, d * 1e9, e
+        assert law.predict(*place, CUT).loss == pytest.approx(float(PUBLISHED.loss(*place)), rel=0.005)
     assert law.predict(1.8e9, 1000e9, 8, CUT).loss == pytest.approx(float(PUBLISHED.loss(1.8e9, 1000e9, 8)), rel=0.05)
 
 
 def test_a_new_run_lies_inside_of_its_interval_about_as_often_as_it_says():
     hits = []
-    for seed in range(12):
-        law, draw = fit(runs_of(PUBLISHED, PAPER, 0.003, seed=seed), bootstraps=40), np.random.default_rng(900 + seed)
+    for seed in range(3):
+        law, draw = fit(runs_of(PUBLISHED, PAPER, 0.003, seed=seed), bootstraps=20), np.random.default_rng(900 + seed)
         for n, d, e in ((0.4, 150, 2), (0.7, 250, 8), (0.9, 500, 16), (0.3, 100, 1)):
-            said = law.predict(n * 1e9, d * 1e9, e, CUT)
-            new = float(PUBLISHED.loss(n * 1e9, d * 1e9, e)) * np.exp(draw.normal(0, 0.003))
-            hits.append(said.low <= new <= said.high)
-    assert 0.85 <= np.mean(hits) <= 1
+            said, truth = law.predict(n * 1e9, d * 1e9, e, CUT), float(PUBLISHED.loss(n * 1e9, d * 1e9, e))
+            hits += [said.low <= truth * np.exp(draw.normal(0, 0.003)) <= said.high for _ in range(20)]
+    assert 0.88 <= np.mean(hits) <= 0.995
 
 
 def test_intervals_of_constants_hold_them():
-    law = fit(runs_of(PUBLISHED, PAPER, 0.001, seed=2), bootstraps=80)
+    law = fit(runs_of(PUBLISHED, PAPER, 0.001, seed=2), bootstraps=30)
     truth = dict(zip(law.common.intervals(), astuple(PUBLISHED.common.constants), strict=True))
     inside = [low <= truth[name] <= high for name, (low, high) in law.common.intervals().items()]
     assert sum(inside) >= 7 and law.common.noise == pytest.approx(0.001, rel=0.25)
@@ -89,7 +89,8 @@ def test_other_ways_to_cut_experts_get_constants_of_their_own_with_a_common_floo
     assert law.parts[Choice(4)].constants.c == pytest.approx(law.common.constants.c, rel=0.02)
     for n, d in ((0.3, 200), (0.9, 400)):
         for cut in (CUT, Choice(4)):
-            assert float(law.loss(n * 1e9, d * 1e9, 8, cut)) == pytest.approx(float(truth.loss(n * 1e9, d * 1e9, 8, cut)), rel=2e-3)
+            place = n * 1e9, d * 1e9, 8, cut
+            assert float(law.loss(*place)) == pytest.approx(float(truth.loss(*place)), rel=2e-3)
 
 
 def test_a_prior_fills_what_few_runs_leave_open_and_yields_to_many():
@@ -101,7 +102,8 @@ def test_a_prior_fills_what_few_runs_leave_open_and_yields_to_many():
     wrong = published_prior(replace(PUBLISHED.common.constants, alpha=-0.4, c=1.5))
     many = fit(runs_of(PUBLISHED, PAPER, 0.0005), prior=wrong, bootstraps=0)
     assert float(many.loss(0.5e9, 300e9, 8)) == pytest.approx(float(PUBLISHED.loss(0.5e9, 300e9, 8)), rel=1e-3)
-    pulled = fit(runs_of(PUBLISHED, {"active": (0.5,), "tokens": (200, 300, 400, 500), "experts": (1,)}, 0), prior=wrong, bootstraps=0)
+    one_size = runs_of(PUBLISHED, {"active": (0.5,), "tokens": (200, 300, 400, 500), "experts": (1,)}, 0)
+    pulled = fit(one_size, prior=wrong, bootstraps=0)
     assert pulled.common.constants.alpha == pytest.approx(-0.4, abs=0.1), "one size says nothing of its exponent"
 
 
@@ -117,9 +119,9 @@ def test_runs_that_leave_constants_open_are_refused(grid, words):
 
 
 def test_a_fit_is_the_same_again():
-    runs = runs_of(PUBLISHED, {**PAPER, "experts": (1, 8)}, 0.002)
-    assert fit(runs, bootstraps=5) == fit(runs, bootstraps=5)
-    assert fit(runs, bootstraps=5, seed=1).common.draws != fit(runs, bootstraps=5).common.draws
+    runs = runs_of(PUBLISHED, {**PAPER, "experts": (1,)}, 0.002)
+    first = fit(runs, bootstraps=3)
+    assert fit(runs, bootstraps=3) == first and fit(runs, bootstraps=3, seed=1).common.draws != first.common.draws
 
 
 def test_sizes_without_embedding_must_be_recorded():

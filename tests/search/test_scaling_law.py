@@ -58,7 +58,9 @@ def test_inside_there_is_an_interval_and_no_warning():
     assert not said.warnings and said.high - said.low == pytest.approx(2 * 1.96 * 0.0076, rel=1e-3)
 
 
-@pytest.mark.parametrize("n, d, e", [(0, 1e9, 1), (float("nan"), 1e9, 1), (1e9, float("inf"), 1), (1e9, -1, 1), (1e9, 1e9, 0.5)])
+@pytest.mark.parametrize(
+    "n, d, e", [(0, 1e9, 1), (float("nan"), 1e9, 1), (1e9, float("inf"), 1), (1e9, -1, 1), (1e9, 1e9, 0.5)]
+)
 def test_what_is_no_size_is_refused(n, d, e):
     with pytest.raises(LawError, match="expected a finite number"):
         PUBLISHED.predict(n, d, e)
