@@ -95,8 +95,8 @@ def _fit(argv: list[str]) -> None:
     parser = Parser("Fit the law to runs.", recipe=False)
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR_OR_JSONL", help="runs.jsonl, or a folder with some")
     parser.add_argument("--output", type=Path, required=True, metavar="F.json")
-    parser.add_argument("--prior", default="auto", metavar="auto|published|none|F.json",
-                        help="constants to be pulled towards; auto: the published ones where the runs overlap their range")
+    parser.add_argument("--prior", default="auto", metavar="P",
+                        help="published, weak, none or a law's JSON; default: published where runs lie in its range, else weak")
     parser.add_argument("--bootstraps", type=int, default=200, metavar="K", help="for intervals (default 200)")
     parser.add_argument("--without-embedding", action="store_true", help="N leaves the embedding out")
     parser.add_argument("--seed", type=int, default=0)

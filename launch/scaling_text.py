@@ -28,17 +28,19 @@ def prior_named(name: str, runs: Sequence[Run]) -> tuple[Prior | None, str]:
     """The prior and what to call it. `auto` takes the published one where a run lies in its range of N and D.
 
     Outside of it the published exponents say nothing, and some of them absurd things: at a million tokens its data term
-    grows with E to a power above 3.
+    grows with E to a power above 3. There the prior is a weak one.
     """
-    from search.scaling_fit import published_prior
+    from search.scaling_fit import published_prior, weak_prior
 
     if name == "auto":
         part = PUBLISHED.common
         name = "published" if any(
             part.active[0] <= run.active / 1e9 <= part.active[1] and part.tokens[0] <= run.tokens / 1e9 <= part.tokens[1]
-            for run in runs) else "none"  # fmt: skip
+            for run in runs) else "weak"  # fmt: skip
     if name == "none":
         return None, "none"
+    if name == "weak":
+        return weak_prior(runs), "weak"
     if name == "published":
         return published_prior(PUBLISHED.common.constants), "published"
     return published_prior(read_law(Path(name)).common.constants), name

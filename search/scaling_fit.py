@@ -40,6 +40,14 @@ def published_prior(constants: Constants) -> Prior:
     return Prior(constants, (1.0, 0.3, 0.15, 0.1, 1.0, 0.5, 0.15, 0.15, 0.5))
 
 
+def weak_prior(runs: Sequence[Run]) -> Prior:
+    """What a few runs of any size need so that no term runs away: exponents of the order that all published laws have, a
+    floor of about half the least loss, and experts that change little."""
+    floor = 0.5 * min((run.loss for run in runs), default=1.0)
+    constants = Constants(A=1.0, delta=0.0, alpha=-0.3, gamma=0.0, B=1.0, omega=0.0, beta=-0.3, zeta=0.0, c=floor)
+    return Prior(constants, (5.0, 1.0, 0.2, 0.1, 5.0, 1.0, 0.2, 0.1, 0.7))
+
+
 def common_prior(constants: Constants) -> Prior:
     """For one x: its capacity and data terms may differ, the loss that nothing goes below hardly."""
     return Prior(constants, (0.5, 0.2, 0.05, 0.05, 0.5, 0.2, 0.05, 0.05, 0.01))

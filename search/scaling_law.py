@@ -175,9 +175,10 @@ class ScalingLaw:
             off = TWO_SIDED_95 * part.rmse
             return Prediction(loss, None, None, warnings) if warnings else Prediction(loss, loss - off, loss + off)
         place = active / BILLION, tokens / BILLION, float(self.effective(experts))
-        logs = np.log([float(draw.loss(*place)) for draw in part.draws])
+        with np.errstate(over="ignore"):  # a draw of runs that leave a constant open may say anything
+            logs = np.log([float(draw.loss(*place)) for draw in part.draws])
         scatter = part.noise * np.array([NormalDist().inv_cdf((i + 0.5) / 41) for i in range(41)])
-        low, high = np.exp(np.percentile(logs[:, None] + scatter, [2.5, 97.5]))
+        low, high = np.exp(np.percentile(np.clip(logs[:, None] + scatter, -99, 99), [2.5, 97.5]))
         return Prediction(loss, float(low), float(high), warnings)
 
     def warnings(self, active: float, tokens: float, experts: float, choice: Choice | None = None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ pytest.importorskip("scipy", reason="the search extra is not installed")
 pytest.importorskip("threadpoolctl", reason="the search extra is not installed")
 
 from search.scaling_files import Run
-from search.scaling_fit import fit, published_prior
+from search.scaling_fit import fit, published_prior, weak_prior
 from search.scaling_law import PUBLISHED, Choice, Constants, LawError, ScalingLaw
 
 CUT = Choice(8, True)
@@ -127,3 +127,14 @@ def test_a_fit_is_the_same_again():
 def test_sizes_without_embedding_must_be_recorded():
     with pytest.raises(LawError, match="no active_without_embedding"):
         fit(runs_of(PUBLISHED, PAPER, 0), with_embedding=False)
+
+
+def test_a_weak_prior_keeps_a_few_tiny_runs_from_running_away():
+    """Two sizes leave the floor open; without a prior draws of the bootstrap say anything."""
+    grid = {"active": (2e-4, 1e-3), "tokens": (1e-4, 2e-4, 4e-4), "experts": (1, 4)}
+    truth = replace(PUBLISHED, common=replace(PUBLISHED.common, constants=Constants(0.5, 0, -0.2, 0, 0.2, -0.1, -0.3, 0, 1.5)))
+    runs = runs_of(truth, grid, 0.005)
+    law = fit(runs, prior=weak_prior(runs), bootstraps=20)
+    said = law.predict(1e6, 2e5, 4, CUT)
+    assert said.low < float(truth.loss(1e6, 2e5, 4)) < said.high < 1.2 * said.low
+    assert all(abs(end) < 50 for ends in law.common.intervals().values() for end in ends)
