@@ -116,6 +116,9 @@ PF_API pf_status pf_op_route(const float *logits, const float *bias, int32_t cou
 PF_API pf_status pf_op_mix(const float *first, const float *rows, const float *weights, int32_t count, int32_t k, int32_t n, float *out);
 
 PF_API uint32_t pf_crc32c(const void *data, size_t size, uint32_t seed);
+/* Times from now on, those of sessions and of the two limits below, are the process's own processor time and not that of a clock: on a
+ * machine that others use too, what one thread takes where it is let. For the whole process; call it before anything is timed. */
+PF_API void pf_measure_cpu_time(int32_t enable);
 /* Integer operations a second of one thread's registers alone (2 a multiply-add); 0 where the variant does not say. */
 PF_API double pf_int8_peak(int32_t repeats);
 PF_API double pf_read_bandwidth(size_t bytes, int32_t threads, int32_t repeats); /* best of the repeats, bytes a second */

@@ -34,6 +34,7 @@ template <int S> PF_DOTPROD void int4_vector(const Matrix &w, int first, int ste
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) total[s][r] = vdupq_n_f32(0.0f);
     }
+    const size_t next_scales = w.panel_bytes() + kAhead;  // a panel's scales lie before its codes
     for (int g = 0, groups = w.groups(); g < groups; ++g) {
         int8x16_t x0 = vld1q_s8(x.codes + g * kGroup), x1 = vld1q_s8(x.codes + g * kGroup + 16);
         int32x4_t offset = vld1q_dup_s32(x.offsets + g);
@@ -41,6 +42,7 @@ template <int S> PF_DOTPROD void int4_vector(const Matrix &w, int first, int ste
         for (int s = 0; s < S; ++s) {
             int32x4_t acc[4] = {offset, offset, offset, offset};
             for (int b = 0; b < 4; ++b) __builtin_prefetch(codes[s] + b * 64 + kAhead, 0, 2);
+            if (g % 2 == 0) __builtin_prefetch(scales[s] + next_scales, 0, 2);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; ++b) {
                 int8x16_t four = b < 2 ? x0 : x1;

@@ -92,6 +92,8 @@ void int4_half(const Matrix &w, const uint8_t *panel, int half, const int8_t *x,
 // One token and S panels that lie apart, both halves of each: see x86_avx512.cpp.
 constexpr int kStreams = 2, kAhead = 4096;
 
+inline void ask(const uint8_t *p) { _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T1); }
+
 template <int S>
 void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) {
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
@@ -102,6 +104,7 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
         codes[s] = scales[s] + w.scale_bytes();
         total[s][0] = total[s][1] = _mm256_setzero_ps();
     }
+    const size_t next_scales = w.panel_bytes() + kAhead;
     for (int g = 0, groups = w.groups(); g < groups; ++g) {
         __m256i pairs[S][2];
 #pragma GCC unroll 2
@@ -112,7 +115,7 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
 #pragma GCC unroll 2
             for (int s = 0; s < S; ++s) {
                 const uint8_t *at = codes[s] + size_t(g) * 256 + b * 64;
-                _mm_prefetch(reinterpret_cast<const char *>(at + kAhead), _MM_HINT_T1);
+                ask(at + kAhead);
 #pragma GCC unroll 2
                 for (int half = 0; half < 2; ++half) {
                     __m256i both = load32(at + half * 32);
@@ -129,6 +132,7 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
                 __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(pairs[s][half], ones), offset);
+                if (half == 0 && g % 2 == 0) ask(scales[s] + next_scales + g * 32);
                 __m256 scale = _mm256_cvtph_ps(Lanes::load16(scales[s] + g * 32 + half * 16));
                 total[s][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, total[s][half]);
             }

@@ -93,13 +93,17 @@ inline void store_rows(float *y, __m512 value, int rows) {
     else _mm512_mask_storeu_ps(y, __mmask16((1u << rows) - 1), value);
 }
 
-constexpr int kTile = 12;
+// Lines further on are asked for, into the second cache: the first has too few requests in flight. A panel's scales lie before
+// its codes, so those of the next panel are asked for too, or every panel would begin with a wait.
+inline void ask(const uint8_t *p) { _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T1); }
+
+constexpr int kTile = 12, kTileAhead = 8192;
 
 // T tokens by 16 rows: T integer and T float accumulators.
 template <int T>
 void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int32_t *offsets, const float *scales, float *y,
                size_t stride, int rows) {
-    const uint8_t *codes = panel + w.scale_bytes();
+    const uint8_t *codes = panel + w.scale_bytes(), *next_scales = panel + w.panel_bytes() + kTileAhead;
     const __m512i low = _mm512_set1_epi8(15);
     __m512 total[T];
 #pragma GCC unroll 12
@@ -110,6 +114,7 @@ void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int
         for (int t = 0; t < T; ++t) acc[t] = _mm512_set1_epi32(offsets[g * T + t]);
 #pragma GCC unroll 4
         for (int b = 0; b < 4; ++b) {
+            ask(codes + b * 64 + kTileAhead);
             __m512i both = _mm512_loadu_si512(codes + b * 64);
             __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
 #pragma GCC unroll 12
@@ -117,6 +122,7 @@ void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int
 #pragma GCC unroll 12
             for (int t = 0; t < T; ++t) acc[t] = _mm512_dpbusd_epi32(acc[t], second, broadcast(x + ((b * 2 + 1) * T + t) * 4));
         }
+        if (g % 2 == 0) ask(next_scales + g * 32);
         __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(panel + g * 32)));
 #pragma GCC unroll 12
         for (int t = 0; t < T; ++t) total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t]), scale, total[t]);
@@ -127,8 +133,7 @@ void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int
     for (int t = 0; t < T; ++t) store_rows(y + size_t(t) * stride, _mm512_mul_ps(total[t], _mm512_set1_ps(scales[t])), rows);
 }
 
-// One token and S panels that lie apart: memory sets the pace, and one core reads several streams faster than one. The lines of
-// kAhead bytes further on are asked for, into the second cache: the first has too few requests in flight.
+// One token and S panels that lie apart: memory sets the pace, and one core reads several streams faster than one.
 constexpr int kStreams = 4, kAhead = 4096;
 
 template <int S>
@@ -141,6 +146,7 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
         codes[s] = scales[s] + w.scale_bytes();
         total[s] = _mm512_setzero_ps();
     }
+    const size_t next_scales = w.panel_bytes() + kAhead;
     const __m512i low = _mm512_set1_epi8(15);
     const int8_t *four = x.codes;
     for (int g = 0, groups = w.groups(); g < groups; ++g) {
@@ -153,7 +159,7 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
 #pragma GCC unroll 4
             for (int s = 0; s < S; ++s) {
                 const uint8_t *at = codes[s] + size_t(g) * 256 + b * 64;
-                _mm_prefetch(reinterpret_cast<const char *>(at + kAhead), _MM_HINT_T1);
+                ask(at + kAhead);
                 __m512i both = _mm512_loadu_si512(at);
                 acc[s] = _mm512_dpbusd_epi32(acc[s], _mm512_and_si512(both, low), x0);
                 acc[s] = _mm512_dpbusd_epi32(acc[s], _mm512_and_si512(_mm512_srli_epi16(both, 4), low), x1);
@@ -161,6 +167,7 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
         }
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
+            if (g % 2 == 0) ask(scales[s] + next_scales + g * 32);
             __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales[s] + g * 32)));
             total[s] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[s]), scale, total[s]);
         }
