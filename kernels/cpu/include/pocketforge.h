@@ -97,7 +97,8 @@ PF_API void pf_session_clocks(pf_session *session, int32_t enable, double *secon
 PF_API void pf_session_experts(const pf_session *session, uint64_t *hits, uint64_t *tokens, uint64_t *read_bytes);
 
 /* Single operations with the runtime's arithmetic, for frameworks; all tensors are dense fp32, row after row.
- * linear: y [count, rows] = W x of a matrix in panels (encoding 0: int4_g32, 1: int8_row), x [count, k] rounded to INT8.
+ * linear: y [count, rows] = W x of a matrix in panels (encoding 0: int4_g32, 1: int8_row, 2: int4_g32_out), x [count, k] rounded
+ * to INT8 as that encoding has it.
  * attend: q [tokens, heads, head_dim] after rotation, k and v [past + tokens, kv_heads, head_dim]; causal, each token
  * seeing `window` tokens, itself included. */
 PF_API pf_status pf_op_linear(int32_t encoding, const void *panels, int32_t rows, int32_t k, const float *x, int32_t count, float *y);

@@ -104,6 +104,8 @@ template <int T>
 void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int32_t *offsets, const float *scales, float *y,
                size_t stride, int rows) {
     const uint8_t *codes = panel + w.scale_bytes(), *next_scales = panel + w.panel_bytes() + kTileAhead;
+    const uint8_t *group_scales = w.group_scales(panel);
+    const size_t scale_step = w.scale_step();
     const __m512i low = _mm512_set1_epi8(15);
     __m512 total[T];
 #pragma GCC unroll 12
@@ -123,7 +125,8 @@ void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int
             for (int t = 0; t < T; ++t) acc[t] = _mm512_dpbusd_epi32(acc[t], second, broadcast(x + ((b * 2 + 1) * T + t) * 4));
         }
         if (g % 2 == 0) ask(next_scales + g * 32);
-        __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(panel + g * 32)));
+        __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(group_scales)));
+        group_scales += scale_step;
 #pragma GCC unroll 12
         for (int t = 0; t < T; ++t) total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t]), scale, total[t]);
         codes += 256;
@@ -142,11 +145,12 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
     __m512 total[S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
-        scales[s] = w.panel(first + s * step);
-        codes[s] = scales[s] + w.scale_bytes();
+        const uint8_t *panel = w.panel(first + s * step);
+        scales[s] = w.group_scales(panel);
+        codes[s] = panel + w.scale_bytes();
         total[s] = _mm512_setzero_ps();
     }
-    const size_t next_scales = w.panel_bytes() + kAhead;
+    const size_t next_scales = w.panel_bytes() + kAhead, scale_step = w.scale_step();
     const __m512i low = _mm512_set1_epi8(15);
     const int8_t *four = x.codes;
     for (int g = 0, groups = w.groups(); g < groups; ++g) {
@@ -167,8 +171,9 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
         }
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
-            if (g % 2 == 0) ask(scales[s] + next_scales + g * 32);
-            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales[s] + g * 32)));
+            if (g % 2 == 0) ask(scales[s] + next_scales);
+            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales[s])));
+            scales[s] += scale_step;
             total[s] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[s]), scale, total[s]);
         }
         four += kGroup;
@@ -266,7 +271,7 @@ bool supported() {
 
 using F = FloatOps<Lanes>;
 using A = AttentionOps<Lanes>;
-const Ops kAvx512Ops = {"avx512vnni", supported, multiply,    pack,      F::quantize_row, F::rms_norm,
+const Ops kAvx512Ops = {"avx512vnni", supported, multiply,    pack,      F::quantize_row, F::quantize_scaled, F::rms_norm,
                         F::rope,      F::swiglu, F::add, A::store_kv, A::attend,       F::log_sum_exp,
                        F::exponentials, F::router, F::add_scaled, burn, F::read};
 
