@@ -18,7 +18,7 @@ from stages.errors import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["recipe", "pretrain", "midtrain", "sft", "qat", "evaluate", "export", "generate", "list", "measure", "agent",
-            "prune"]
+            "prune", "scaling_law"]
 
 
 def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
