@@ -1,4 +1,7 @@
-"""llama.cpp on one GGUF through `llama-cpp-python`: `_llama_cpp.py FILE PROMPT DECODE REPEATS THREADS`."""
+"""llama.cpp on one GGUF through `llama-cpp-python`: `_llama_cpp.py FILE PROMPT DECODE REPEATS THREADS [cpu]`.
+
+With `cpu` its times are processor time: of one thread, on a machine that others use too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import llama_cpp as llama
 def main() -> None:
     path = sys.argv[1]
     prompt, decode, repeats, threads = map(int, sys.argv[2:6])
+    clock = time.process_time if sys.argv[6:] == ["cpu"] else time.perf_counter
     llama.llama_backend_init()
 
     @llama.llama_log_callback
@@ -31,17 +35,17 @@ def main() -> None:
         settings.n_threads = settings.n_threads_batch = threads
         context = llama.llama_init_from_model(model, settings)
         tokens = (llama.llama_token * prompt)(*[(i * 7919 + 13) % vocabulary for i in range(prompt)])
-        start = time.perf_counter()
+        start = clock()
         llama.llama_decode(context, llama.llama_batch_get_one(tokens, prompt))
         llama.llama_get_logits(context)
-        taken = time.perf_counter() - start
+        taken = clock() - start
         durations = []
         for i in range(decode):
             token = (llama.llama_token * 1)(17 + i)
-            start = time.perf_counter()
+            start = clock()
             llama.llama_decode(context, llama.llama_batch_get_one(token, 1))
             llama.llama_get_logits(context)
-            durations.append(time.perf_counter() - start)
+            durations.append(clock() - start)
         llama.llama_free(context)
         if repeat:  # the first one warms up
             prefills.append(taken)

@@ -11,12 +11,15 @@ from torch import Tensor
 from kernels.runtime import library
 
 
-def linear_int4(x: Tensor, panels: Tensor, rows: int) -> Tensor:
-    """[..., rows] = x [..., K], rounded to INT8 a row, times a matrix in panels (`packed_layout.pack_int4`, uint8)."""
+def linear_int4(x: Tensor, panels: Tensor, rows: int, *, by_output: bool = False) -> Tensor:
+    """[..., rows] = x [..., K], rounded to INT8 a row, times a matrix in panels (`packed_layout.pack_int4`, uint8).
+
+    `by_output`: panels of `pack_int4_out`; the row is rounded for each 32 outputs, after their scales.
+    """
     x = _dense(x)
     k = x.shape[-1]
     out = torch.empty(*x.shape[:-1], rows)
-    _check(library().pf_op_linear(0, panels.data_ptr(), rows, k, x.data_ptr(), x.numel() // k, out.data_ptr()))
+    _check(library().pf_op_linear(2 if by_output else 0, panels.data_ptr(), rows, k, x.data_ptr(), x.numel() // k, out.data_ptr()))
     return out
 
 

@@ -23,7 +23,7 @@ HEADER = struct.Struct("<8sIIQQQQIII")
 """magic, version, byte order, file bytes, metadata offset and bytes, data offset, metadata CRC, two zeros; its CRC follows."""
 HEADER_BYTES = 64
 
-Encoding = Literal["int4_g32", "int8_row", "f32", "bytes"]
+Encoding = Literal["int4_g32", "int4_g32_out", "int8_row", "f32", "bytes"]
 
 
 class PackedFileError(ValueError):
@@ -43,6 +43,11 @@ class PackedTensor:
 def int4(name: str, codes: NDArray[np.int8], scales: NDArray[np.float16]) -> PackedTensor:
     """A matrix of codes [rows, k] with fp16 scales [rows, k / 32]."""
     return PackedTensor(name, "int4_g32", codes.shape, packed_layout.pack_int4(codes, scales))
+
+
+def int4_out(name: str, codes: NDArray[np.int8], scales: NDArray[np.float16]) -> PackedTensor:
+    """An expert's matrix of codes [rows, k] with fp16 scales [rows / 32, k]."""
+    return PackedTensor(name, "int4_g32_out", codes.shape, packed_layout.pack_int4_out(codes, scales))
 
 
 def int8(name: str, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> PackedTensor:

@@ -55,6 +55,31 @@ def unpack_int4(packed: Bytes, rows: int, k: int) -> tuple[Codes, NDArray[np.flo
     return codes[:rows], scales.transpose(0, 2, 1).reshape(panels * PANEL, groups)[:rows]
 
 
+def pack_int4_out(codes: Codes, scales: NDArray[np.float16]) -> Bytes:
+    """Bytes of a matrix from codes [rows, k] in -8..7 and scales [rows / 32, k]: 32 rows share one for each column.
+
+    Two panels after each other: the scales of their columns, fp16 [k], then both panels' codes as in `pack_int4`.
+
+    Raises:
+        ValueError: rows or k is no multiple of 32, the shapes do not match, or a code is outside -8..7.
+    """
+    rows, k = _checked(codes, GROUP)
+    if rows % GROUP or scales.shape != (rows // GROUP, k):
+        raise ValueError(f"scales {scales.shape} for codes {codes.shape}; expected one for each column and {GROUP} rows")
+    panels = pack_int4(codes, np.zeros((rows, k // GROUP), np.float16)).reshape(rows // PANEL, -1)[:, _scale_bytes(k // GROUP) :]
+    lines = np.ascontiguousarray(scales.astype("<f2")).view(np.uint8).reshape(rows // GROUP, 2 * k)
+    return np.concatenate((lines, panels.reshape(rows // GROUP, -1)), axis=1).reshape(-1)
+
+
+def unpack_int4_out(packed: Bytes, rows: int, k: int) -> tuple[Codes, NDArray[np.float16]]:
+    """The codes [rows, k] and scales [rows / 32, k] of `pack_int4_out`'s bytes."""
+    lines = packed.reshape(rows // GROUP, 2 * k + k * GROUP // 2)
+    scales = np.ascontiguousarray(lines[:, : 2 * k]).view("<f2").reshape(rows // GROUP, k)
+    panels = np.zeros((rows // PANEL, _scale_bytes(k // GROUP) + k * PANEL // 2), np.uint8)
+    panels[:, _scale_bytes(k // GROUP) :] = lines[:, 2 * k :].reshape(rows // PANEL, -1)
+    return unpack_int4(panels.reshape(-1), rows, k)[0], scales
+
+
 def pack_int8(codes: Codes, scales: NDArray[np.float32]) -> Bytes:
     """Bytes of a matrix from codes [rows, k] and one scale a row [rows].
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
-from kernels.packed_file import PackedTensor, blob, f32, int4, int8, write_packed
+from kernels.packed_file import PackedTensor, blob, f32, int4, int4_out, int8, write_packed
 from kernels.packed_layout import GROUP
 from kernels.runtime import crc32c
 from modeling.config import ModelConfig
@@ -33,6 +33,7 @@ MOST = {"vocab_size": 2**24, "hidden_size": 2**18, "num_layers": 4096, "block_re
 """What `kernels/cpu/src/model.cpp` takes: from a stranger's file, larger sizes are an attack."""
 MOST_OF_EXPERTS = {"num_experts": 4096, "top_k": 64, "expert_size": 2**19, "shared_size": 2**19}
 """The same of `model_moe.cpp`."""
+MOST_OUT_COLUMNS = 16384
 
 
 class NotPackable(InputError):
@@ -87,9 +88,9 @@ def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
     sizes = {"hidden_size": config.hidden_size, "ffn_size": config.ffn_size, "head_dim": config.head_dim}
     if config.moe is not None:
         sizes |= {"moe.expert_size": config.moe.expert_size, "moe.shared_size": config.moe.shared_size}
-        if spec.expert_axis != "input":
-            raise NotPackable("the experts are quantized in groups along their outputs; a packed file holds groups along the "
-                              "inputs, train with qat.quant.expert_axis=input")
+        if spec.expert_axis == "output" and max(config.hidden_size, config.moe.expert_size) > MOST_OUT_COLUMNS:
+            raise NotPackable(f"experts of {config.hidden_size} to {config.moe.expert_size} with groups along their outputs; the "
+                              f"runtime goes up to {MOST_OUT_COLUMNS}, train with qat.quant.expert_axis=input")
     for name, value in sizes.items():
         if value % GROUP:
             raise NotPackable(f"model.{name}={value} is not a multiple of {GROUP}, which the packed layout needs")
@@ -149,17 +150,19 @@ def _feed_forward(model: Decoder, index: int) -> Iterator[Callable[[], PackedTen
             values = model.state_dict()[f"{name}.{part}"].float().cpu().numpy()
             yield partial(f32, f"{name}.{stored}", values)
         integers = cache(partial(convert_weight, model))  # of one layer at a time
+        axis = quantized_weights(model)[f"{name}.experts.down"].expert_axis
         for expert in range(moe.num_experts):
             for part in ("gate_up", "down"):
-                yield partial(_expert, integers, f"{name}.experts.{part}", expert, f"blocks.{index}.experts.{expert}.{part}")
+                yield partial(_expert, integers, f"{name}.experts.{part}", expert, f"blocks.{index}.experts.{expert}.{part}", axis)
     if moe is None or moe.shared_size:
         yield partial(_matrix, model, f"{name}.gate_up", [f"{dense}.{part}.weight" for part in ("gate", "up")])
         yield partial(_matrix, model, f"{name}.down", [f"{dense}.down.weight"])
 
 
-def _expert(integers: Callable[[str], tuple[Tensor, Tensor]], weight: str, expert: int, name: str) -> PackedTensor:
+def _expert(integers: Callable[[str], tuple[Tensor, Tensor]], weight: str, expert: int, name: str, axis: str) -> PackedTensor:
     codes, scales = (part[expert].cpu().numpy() for part in integers(weight))
-    return int4(name, codes, _per_group(scales, codes.shape[1]))
+    scales = _per_group(scales, codes.shape[1])
+    return int4(name, codes, scales) if axis == "input" else int4_out(name, codes.T, scales.T)  # [in, out] there
 
 
 def _vector(model: Decoder, name: str) -> PackedTensor:

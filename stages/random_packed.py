@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kernels.packed_file import PackedTensor, f32, int4, write_packed
+from kernels.packed_file import PackedTensor, f32, int4, int4_out, write_packed
 from kernels.runtime import crc32c
 from modeling.config import ModelConfig
 from modeling.layers import rope_frequencies
@@ -19,14 +19,20 @@ def full_attention(config: ModelConfig) -> ModelConfig:
     return replace(config, attention=(), qk_norm=False)
 
 
-def write_pocket(config: ModelConfig, path: Path) -> None:
-    """A packed file; nothing in it was trained."""
+def write_pocket(config: ModelConfig, path: Path, *, by_output: bool = False) -> None:
+    """A packed file; nothing in it was trained. `by_output`: groups of experts' weights run along their outputs.
+
+    Layers of a mixture of experts add little to the embedding: where they drown it, as random layers do, all tokens are
+    alike, and a router sends them all to the same few experts.
+    """
     draw = np.random.default_rng(0)
 
     def matrix(name: str, rows: int, k: int) -> PackedTensor:
-        codes = draw.integers(-8, 8, (rows, k), dtype=np.int8)
-        scales = np.full((rows, k // 32), 0.02, np.float16)
-        return int4(name, codes, scales)
+        lowest, scale = (-8, 0.02) if config.moe is None else (-7, 0.002 if name.startswith("blocks.") else 0.2)
+        codes = draw.integers(lowest, 8, (rows, k), dtype=np.int8)
+        if by_output and ".experts." in name:
+            return int4_out(name, codes, np.full((rows // 32, k), scale, np.float16))
+        return int4(name, codes, np.full((rows, k // 32), scale, np.float16))
 
     def feed_forward(prefix: str, width: int) -> list[partial[PackedTensor]]:
         return [partial(matrix, f"{prefix}.gate_up", 2 * width, h), partial(matrix, f"{prefix}.down", h, width)]

@@ -40,6 +40,20 @@ def product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return total * x_scales
 
 
+def product_by_output(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """The same with codes [rows, K] and scales [rows / 32, K]: for each 32 rows x times their scales is rounded to INT8."""
+    parts = []
+    for block, scale in zip(codes.split(32), scales, strict=True):
+        scaled = x * scale
+        top = scaled.abs().amax(-1, keepdim=True)
+        some = top >= 1e-30
+        factor = torch.where(some, torch.tensor(127.0) / top, 0.0)
+        rounded = (scaled * factor).round().clamp(-127, 127)
+        sums = (rounded.double() @ block.double().T).float()  # integers below 2^24
+        parts.append(sums * torch.where(some, top / 127.0, 0.0))
+    return torch.cat(parts, -1)
+
+
 class ExactModel:
     """Logits [T, V] of one row of tokens."""
 
@@ -85,7 +99,9 @@ class ExactModel:
         return out
 
     def expert(self, name: str, expert: int, x: Tensor) -> Tensor:
-        return product(x, *(part[expert] for part in self.codes[name]))
+        codes, scales = (part[expert] for part in self.codes[name])
+        by_output = self.model.get_submodule(name.rpartition(".")[0]).quant.expert_axis == "output"
+        return product_by_output(x, codes.T, scales.T) if by_output else product(x, codes, scales)
 
     def attention(self, name: str, h: Tensor, window: int | None) -> Tensor:
         c, length = self.config, len(h)

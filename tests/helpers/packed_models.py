@@ -60,9 +60,11 @@ def build(config: ModelConfig, seed: int = 0, spec: QuantSpec | None = None) -> 
     return model.requires_grad_(False).eval()
 
 
-def packed(config: ModelConfig, folder: Path, seed: int = 0, **options: object) -> tuple[Decoder, Path]:
+def packed(
+    config: ModelConfig, folder: Path, seed: int = 0, spec: QuantSpec | None = None, **options: Any
+) -> tuple[Decoder, Path]:
     """That model, and its packed file."""
-    model = build(config, seed)
+    model = build(config, seed, spec)
     path = folder / "model.pocket"
-    pack_model(model, path, quant=QuantSpec(), **options)
+    pack_model(model, path, quant=spec or QuantSpec(), **options)
     return model, path

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from kernels import ops
+from kernels.packed_layout import pack_int4, pack_int4_out
 from kernels.runtime import PackedModel, isas
 from modeling.moe_config import MoEConfig
+from quant.spec import QuantSpec
 from tests.helpers import exact_routing
 from tests.helpers.exact_floats import fma
-from tests.helpers.exact_reference import ExactModel
+from tests.helpers.exact_reference import ExactModel, product_by_output
 from tests.helpers.packed_models import CONFIGS, MIXTURES, packed
 
 HERE = [name for name, runs in isas().items() if runs]
@@ -21,10 +23,17 @@ def prompt(length, seed=0):
     return torch.randint(199, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.fixture(scope="module", params=MIXTURES)
+BY_OUTPUT = QuantSpec(expert_axis="output")
+CASES = {name: (config, QuantSpec()) for name, config in MIXTURES.items()} | {
+    f"{name}_by_output": (MIXTURES[name], BY_OUTPUT) for name in ("mobile", "one", "dense_first")
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
 def mixture(request, tmp_path_factory):
     """(model, its file, 34 ids, the restatement's logits of them all)"""
-    model, path = packed(MIXTURES[request.param], tmp_path_factory.mktemp(request.param))
+    config, spec = CASES[request.param]
+    model, path = packed(config, tmp_path_factory.mktemp(request.param), spec=spec)
     ids = prompt(34)
     return model, path, ids, ExactModel(model)(torch.tensor(ids)).numpy()
 
@@ -53,9 +62,10 @@ def test_single_steps_batches_and_threads_give_the_same_bits(mixture, isa):
                 assert np.array_equal(found, expected), (threads, batch)
 
 
-def test_prompts_of_more_pairs_than_go_through_at_once(tmp_path):
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_prompts_of_more_pairs_than_go_through_at_once(tmp_path, axis):
     """Experts are taken in groups of 128 pairs: here there are several, and one of an expert alone."""
-    _, path = packed(MIXTURES["softmax"], tmp_path)
+    _, path = packed(MIXTURES["softmax"], tmp_path, spec=QuantSpec(expert_axis=axis))
     ids = prompt(150, seed=4)
     results = []
     for isa in HERE:
@@ -153,6 +163,41 @@ def test_routes_agree_with_the_router_of_training():
     order = experts.argsort(-1)
     assert torch.equal(chosen, experts.gather(1, order))
     torch.testing.assert_close(weights, mix.gather(1, order))
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 13])
+def test_products_with_groups_along_the_outputs_are_the_restatements(isa, tokens, monkeypatch):
+    monkeypatch.setenv("POCKETFORGE_ISA", isa)
+    generator = torch.Generator().manual_seed(tokens)
+    for rows, k in ((32, 32), (64, 96), (160, 384)):
+        codes = torch.randint(-8, 8, (rows, k), dtype=torch.int8, generator=generator)
+        scales = (0.01 + torch.rand(rows // 32, k, generator=generator)).half()
+        scales[0] = 0.0  # nothing comes of these
+        x = torch.randn(tokens, k, generator=generator)
+        x[0, : k // 2] *= 1e3
+        panels = torch.from_numpy(pack_int4_out(codes.numpy(), scales.numpy()))
+        found = ops.linear_int4(x, panels, rows, by_output=True)
+        assert torch.equal(found, product_by_output(x, codes.float(), scales.float()))
+        assert not found[:, :32].any()
+
+
+def test_groups_along_the_outputs_cost_little_accuracy():
+    """Against the exact product: the rounding of activations errs as it does with groups along the inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 768, generator=generator) * (0.5 + torch.rand(1, 768, generator=generator))
+    x = torch.randn(40, 768, generator=generator) * torch.randn(768, generator=generator).exp()  # some channels large
+    errors = {}
+    for axis in ("input", "output"):
+        groups = weight.view(256, 24, 32) if axis == "input" else weight.view(8, 32, 768)
+        scales = (groups.abs().amax(-1 if axis == "input" else 1) / 7.5).half()
+        wide = scales.float().repeat_interleave(32, 1 if axis == "input" else 0)
+        codes = (weight / wide).round().clamp(-8, 7).to(torch.int8)
+        pack = pack_int4 if axis == "input" else pack_int4_out
+        found = ops.linear_int4(x, torch.from_numpy(pack(codes.numpy(), scales.numpy())), 256, by_output=axis == "output")
+        exact = x.double() @ (codes.double() * wide.double()).T
+        errors[axis] = float((found - exact).norm() / exact.norm())
+    assert errors["output"] < 1.5 * errors["input"] < 0.05
 
 
 def test_mixing_adds_in_order():

@@ -97,7 +97,8 @@ PF_API void pf_session_clocks(pf_session *session, int32_t enable, double *secon
 PF_API void pf_session_experts(const pf_session *session, uint64_t *hits, uint64_t *tokens, uint64_t *read_bytes);
 
 /* Single operations with the runtime's arithmetic, for frameworks; all tensors are dense fp32, row after row.
- * linear: y [count, rows] = W x of a matrix in panels (encoding 0: int4_g32, 1: int8_row), x [count, k] rounded to INT8.
+ * linear: y [count, rows] = W x of a matrix in panels (encoding 0: int4_g32, 1: int8_row, 2: int4_g32_out), x [count, k] rounded
+ * to INT8 as that encoding has it.
  * attend: q [tokens, heads, head_dim] after rotation, k and v [past + tokens, kv_heads, head_dim]; causal, each token
  * seeing `window` tokens, itself included. */
 PF_API pf_status pf_op_linear(int32_t encoding, const void *panels, int32_t rows, int32_t k, const float *x, int32_t count, float *y);
@@ -116,6 +117,9 @@ PF_API pf_status pf_op_route(const float *logits, const float *bias, int32_t cou
 PF_API pf_status pf_op_mix(const float *first, const float *rows, const float *weights, int32_t count, int32_t k, int32_t n, float *out);
 
 PF_API uint32_t pf_crc32c(const void *data, size_t size, uint32_t seed);
+/* Times from now on, those of sessions and of the two limits below, are the process's own processor time and not that of a clock: on a
+ * machine that others use too, what one thread takes where it is let. For the whole process; call it before anything is timed. */
+PF_API void pf_measure_cpu_time(int32_t enable);
 /* Integer operations a second of one thread's registers alone (2 a multiply-add); 0 where the variant does not say. */
 PF_API double pf_int8_peak(int32_t repeats);
 PF_API double pf_read_bandwidth(size_t bytes, int32_t threads, int32_t repeats); /* best of the repeats, bytes a second */

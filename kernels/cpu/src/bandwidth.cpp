@@ -3,6 +3,10 @@
 
 #include "ops.h"
 
+clockid_t pf::measuring_clock = CLOCK_MONOTONIC;
+
+extern "C" void pf_measure_cpu_time(int32_t enable) { pf::measuring_clock = enable != 0 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC; }
+
 extern "C" double pf_int8_peak(int32_t repeats) {
     const pf::Ops *ops = pf::default_ops();
     if (ops == nullptr || ops->burn == nullptr) return 0.0;

@@ -57,6 +57,9 @@ void check_all(bool quick) {
             if (quick && n > 576) continue;
             for (int kind = 0; kind < check::kRowKinds; ++kind) check::floats(ops, n, kind);
         }
+        for (int k : {32, 96, 576}) {
+            for (int m : {1, 2, 3, 4, 7, 8, 9, 12, 13, 25}) check::multiply_by_output(ops, k == 96 ? 160 : 64, k, m);
+        }
         for (int experts : {1, 2, 3, 4, 7, 16, 60}) {
             for (int tokens : {1, 2, 3, 4, 5, 9}) {
                 for (int kind : {0, 1, 5, 7}) check::router(ops, tokens, experts, experts == 60 && !quick ? 768 : 96, kind);

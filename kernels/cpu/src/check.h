@@ -28,6 +28,8 @@ constexpr int kRowKinds = 9;  // kinds of rows of floats
 
 // [m, k] x [n, k] by every variant, or by `only` alone, once and whole.
 void multiply(Matrix::Encoding encoding, int n, int k, int m, int content, const Ops *only = nullptr);
+// [m, k] rows of floats with a kInt4Out matrix of n rows.
+void multiply_by_output(const Ops &ops, int n, int k, int m);
 void floats(const Ops &ops, int n, int kind);
 // `tokens` rows of n by `experts`; each logit may be computed in a tile of any size.
 void router(const Ops &ops, int tokens, int experts, int n, int kind);

@@ -41,6 +41,14 @@ void floats(const Ops &ops, int n, int kind) {
     same(scales, scales + 1, sizeof(float), "%s quantize_row: scale, n=%d kind %d", ops.name, n, kind);
     same(offsets.data(), offsets.data() + n / kGroup, size / kGroup * 4, "%s quantize_row: offsets, n=%d kind %d", ops.name, n, kind);
 
+    Memory<uint16_t> halves(size);
+    for (int i = 0; i < n; ++i) halves[size_t(i)] = uint16_t(i % 7 == 3 ? random_bits() % 0x400u : 0x1000u + random_bits() % 0x3000u);
+    ops.quantize_scaled(x.data(), halves.data(), n, codes.data(), scales, offsets.data());
+    ref.quantize_scaled(x.data(), halves.data(), n, codes.data() + n, scales + 1, offsets.data() + n / kGroup);
+    same(codes.data(), codes.data() + n, size, "%s quantize_scaled: codes, n=%d kind %d", ops.name, n, kind);
+    same(scales, scales + 1, sizeof(float), "%s quantize_scaled: scale, n=%d kind %d", ops.name, n, kind);
+    same(offsets.data(), offsets.data() + n / kGroup, size / kGroup * 4, "%s quantize_scaled: offsets, n=%d kind %d", ops.name, n, kind);
+
     for (const float *weight : {static_cast<const float *>(nullptr), static_cast<const float *>(y.data())}) {
         ops.rms_norm(x.data(), weight, n, 1e-5f, found.data());
         ref.rms_norm(x.data(), weight, n, 1e-5f, expected.data());

@@ -95,5 +95,28 @@ void multiply(Matrix::Encoding encoding, int n, int k, int m, int content, const
     }
 }
 
+void multiply_by_output(const Ops &ops, int n, int k, int m) {
+    size_t outputs = size_t(m) * size_t(n), width = size_t(k);
+    Matrix w = {Matrix::kInt4Out, nullptr, n, k, false};
+    Memory<uint8_t> data(w.bytes());
+    Memory<float> x(size_t(m) * width), found(outputs), expected(outputs);
+    Memory<int32_t> index((size_t(m)));
+    for (size_t i = 0; i < data.size(); ++i) data[i] = uint8_t(random_bits());
+    for (int pair = 0; pair < w.pairs(); ++pair) {
+        for (size_t i = 0; i < width; ++i) {
+            uint16_t half = uint16_t(0x1c00u + random_bits() % 0x1000u);
+            memcpy(data.data() + size_t(pair) * w.pair_bytes() + 2 * i, &half, 2);
+        }
+    }
+    w.data = data.data();
+    for (size_t i = 0; i < x.size(); ++i) x[i] = random_float(i % 31 == 5 ? 50.0f : 2.0f);
+    for (int t = 0; t < m; ++t) index[size_t(t)] = int32_t(random_bits() % uint32_t(m));
+    RowMemory memory;
+    if (!memory.allocate(size_t(m), width)) exit(2);
+    multiply_out(ops, w, x.data(), index.data(), m, 0, w.pairs(), found.data(), size_t(n), memory.rows(0, m, k));
+    multiply_out(kRefOps, w, x.data(), index.data(), m, 0, w.pairs(), expected.data(), size_t(n), memory.rows(0, m, k));
+    same(found.data(), expected.data(), outputs * sizeof(float), "%s multiply by output N=%d K=%d M=%d", ops.name, n, k, m);
+}
+
 } // namespace check
 } // namespace pf

@@ -81,12 +81,15 @@ class Error {
     size_t size_;
 };
 
-// Seconds of a clock that only goes forward.
-inline double now() {
+inline double seconds_of(clockid_t clock) {
     timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
+
+// What `now` reads: a clock that only goes forward, or the process's own (pf_measure_cpu_time).
+extern clockid_t measuring_clock;
+inline double now() { return seconds_of(measuring_clock); }
 
 inline float half_to_float(uint16_t half) {
     uint32_t sign = uint32_t(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, mantissa = half & 1023u, bits;

@@ -12,13 +12,16 @@ using pf::Mixture;
 using pf::Operation;
 using pf::Rows;
 
-bool pf::Mixture::allocate(const Config &c, int batch, int threads) {
-    size_t n = size_t(batch), experts = size_t(c.router.experts), all = n * size_t(c.router.top_k), rows = larger(n, size_t(kPairs));
-    return logits.allocate(n * experts) && chosen.allocate(all) && weights.allocate(all) && begin.allocate(experts + 1) &&
+bool pf::Mixture::allocate(const Config &c, int batch, int threads, bool experts_by_output) {
+    size_t n = size_t(batch), experts = size_t(c.router.experts), all = n * size_t(c.router.top_k), rows = size_t(most_rows(batch));
+    size_t widest = size_t(larger(c.hidden_size, c.expert_size)), width = size_t(c.expert_size);
+    bool good = experts_by_output ? hidden.allocate(rows * width) && by_output.allocate(size_t(threads) * rows, widest)
+                                  : pairs.allocate(rows, widest);
+    return good && logits.allocate(n * experts) && chosen.allocate(all) && weights.allocate(all) && begin.allocate(experts + 1) &&
            pair_token.allocate(all) && pair_weight.allocate(all) && jobs.allocate(experts + 1) &&
-           pairs.allocate(rows, size_t(larger(c.hidden_size, c.expert_size))) && shared.allocate(n, size_t(c.shared_size)) &&
-           gate_up.allocate(rows * 2 * size_t(c.expert_size)) && out.allocate(rows * size_t(c.hidden_size)) &&
-           activated.allocate(size_t(threads) * size_t(c.widest_ffn())) && hits.allocate(size_t(c.moe_layers()) * experts);
+           shared.allocate(n, size_t(c.shared_size)) && gate_up.allocate(rows * 2 * width) &&
+           out.allocate(rows * size_t(c.hidden_size)) && activated.allocate(size_t(threads) * size_t(c.widest_ffn())) &&
+           hits.allocate(size_t(c.moe_layers()) * experts);
 }
 
 void pf_session::experts(const Block &block, int count) {
@@ -31,7 +34,7 @@ void pf_session::experts(const Block &block, int count) {
     for (int first = 0, last; first < c.router.experts; first = last) {
         for (last = first + 1; last < c.router.experts && begin[size_t(last) + 1] - begin[size_t(first)] <= Mixture::kPairs; ++last) {}
         int shared_rows = first == 0 && c.shared_size > 0 ? count : 0;  // in the same regions of the threads as the first group
-        if (count > 1) gather(first, last);
+        if (count > 1 && !model->experts_by_output) gather(first, last);
         multiply_group(block, first, last, shared_rows, false);
         activate(first, last, shared_rows);
         multiply_group(block, first, last, shared_rows, true);
@@ -111,9 +114,10 @@ void pf_session::gather(int first, int last) {
 void pf_session::multiply_group(const Block &block, int first, int last, int shared_rows, bool down) {
     Mixture &m = mixture;
     int jobs = 0, base = m.begin[size_t(first)];
-    auto add = [&](const pf::FeedForward &w, Rows x, float *gate_up, float *out) {
+    auto add = [&](const pf::FeedForward &w, Rows x, float *gate_up, float *out) -> pf::Job & {
         const Matrix &matrix = down ? w.down : w.gate_up;
-        m.jobs[size_t(jobs++)] = {&matrix, x, down ? out : gate_up, size_t(matrix.rows)};
+        m.jobs[size_t(jobs)] = {&matrix, x, nullptr, nullptr, down ? out : gate_up, size_t(matrix.rows)};
+        return m.jobs[size_t(jobs++)];
     };
     if (shared_rows > 0) {
         Rows x = down ? m.shared.rows(0, shared_rows, model->config.shared_size) : rows_;
@@ -123,35 +127,47 @@ void pf_session::multiply_group(const Block &block, int first, int last, int sha
         int from = m.begin[size_t(e)], count = m.begin[size_t(e) + 1] - from, at = from - base;
         if (count == 0) continue;
         const pf::FeedForward &w = block.experts[e];
-        // A token alone is its own batch: nothing was gathered.
-        Rows x = !down && rows_.count == 1 ? rows_ : m.pairs.rows(at, count, down ? w.down.k : w.gate_up.k);
-        add(w, x, m.gate_up.data() + size_t(at) * size_t(w.gate_up.rows), m.out.data() + size_t(at) * size_t(w.down.rows));
+        Rows x;
+        if (model->experts_by_output) x.count = count;
+        else if (!down && rows_.count == 1) x = rows_;  // a token alone is its own batch: nothing was gathered
+        else x = m.pairs.rows(at, count, down ? w.down.k : w.gate_up.k);
+        float *gate_up = m.gate_up.data() + size_t(at) * size_t(w.gate_up.rows), *out = m.out.data() + size_t(at) * size_t(w.down.rows);
+        pf::Job &job = add(w, x, gate_up, out);
+        if (!model->experts_by_output) continue;
+        job.floats = down ? m.hidden.data() + size_t(at) * size_t(w.down.k) : normed_.data();
+        job.index = down ? nullptr : m.pair_token.data() + from;
     }
     run_jobs(jobs, down ? pf::kDown : pf::kGateUp);
 }
 
-// Threads share the panels of all jobs, by what they cost.
+// Threads share the panels, or pairs of panels, of all jobs, by what they cost.
 void pf_session::run_jobs(int count, Operation operation) {
     Clock clock(*this, operation);
     const pf::Job *jobs = mixture.jobs.data();
     int64_t total = 0;
-    for (int i = 0; i < count; ++i) total += jobs[i].panel_cost() * jobs[i].w->panels();
+    for (int i = 0; i < count; ++i) total += jobs[i].part_cost() * jobs[i].parts();
     pool.run([&](int index) {
         int64_t from = total * index / pool.threads(), to = total * (index + 1) / pool.threads(), at = 0;
         for (int i = 0; i < count; ++i) {
             const pf::Job &job = jobs[i];
-            int64_t cost = job.panel_cost(), panels = job.w->panels();
-            auto panel_at = [&](int64_t limit) {  // the first panel that begins at this cost or later
-                return int(pf::smaller(panels, pf::larger<int64_t>(0, (limit - at + cost - 1) / cost)));
+            int64_t cost = job.part_cost(), parts = job.parts();
+            auto part_at = [&](int64_t limit) {  // the first one that begins at this cost or later
+                return int(pf::smaller(parts, pf::larger<int64_t>(0, (limit - at + cost - 1) / cost)));
             };
-            int begin = panel_at(from), end = panel_at(to);
-            if (begin < end) model->ops->multiply(*job.w, job.x, begin, end, job.y, job.stride);
-            at += cost * panels;
+            int begin = part_at(from), end = part_at(to);
+            at += cost * parts;
+            if (begin >= end) continue;
+            if (job.floats == nullptr) {
+                model->ops->multiply(*job.w, job.x, begin, end, job.y, job.stride);
+            } else {
+                Rows scratch = mixture.by_output.rows(index * Mixture::most_rows(options.batch), job.x.count, job.w->k);
+                pf::multiply_out(*model->ops, *job.w, job.floats, job.index, job.x.count, begin, end, job.y, job.stride, scratch);
+            }
         }
     });
 }
 
-// SwiGLU of what the first product gave, rounded for the second.
+// SwiGLU of what the first product gave, rounded for the second unless that takes floats.
 void pf_session::activate(int first, int last, int shared_rows) {
     const Config &c = model->config;
     Mixture &m = mixture;
@@ -165,14 +181,15 @@ void pf_session::activate(int first, int last, int shared_rows) {
                 const Rows &to = i < pairs ? own : shared;
                 size_t row = size_t(i < pairs ? i : i - pairs), k = size_t(to.k);
                 const float *gate = (i < pairs ? m.gate_up.data() : gate_up_.data()) + row * 2 * k;
-                model->ops->swiglu(gate, gate + k, to.k, scratch);
-                model->ops->quantize_row(scratch, to.k, to.codes + row * k, to.scales + row, to.offsets + row * k / pf::kGroup);
+                bool stays = i < pairs && model->experts_by_output;
+                model->ops->swiglu(gate, gate + k, to.k, stays ? m.hidden.data() + row * k : scratch);
+                if (!stays) model->ops->quantize_row(scratch, to.k, to.codes + row * k, to.scales + row, to.offsets + row * k / pf::kGroup);
             }
         });
     }
     if (rows_.count == 1 || model->ops->pack_rows == nullptr) return;
     Clock clock(*this, pf::kQuantize);
-    pool.split(last - first, [&](int begin, int end, int) {
+    pool.split(model->experts_by_output ? 0 : last - first, [&](int begin, int end, int) {
         for (int e = first + begin; e < first + end; ++e) {
             int from = m.begin[size_t(e)], count = m.begin[size_t(e) + 1] - from;
             Rows rows = m.pairs.rows(from - base, count, c.expert_size);

@@ -64,6 +64,21 @@ template <typename V> struct FloatOps {
         }
     }
 
+    // Without a division: the codes are nearest(x * scale * (127 / largest)), the products rounded in that order.
+    static void quantize_scaled(const float *x, const uint16_t *column_scales, int k, int8_t *codes, float *scale, int32_t *offsets) {
+        V largest = V::zero();
+        for (int i = 0; i < k; i += 16) largest = V::larger(largest, V::abs(V::load(x + i) * V::load_half(column_scales + i)));
+        float top = V::top(largest);
+        bool has = top >= 1e-30f;
+        *scale = has ? top / 127.0f : 0.0f;
+        V factor = V::set(has ? 127.0f / top : 0.0f), high = V::set(127.0f), low = V::set(-127.0f);
+        for (int i = 0; i < k; i += 16) {
+            V v = V::load(x + i) * V::load_half(column_scales + i) * factor;
+            V::store_int8(codes + i, V::larger(V::smaller(V::nearest(v), high), low));
+        }
+        for (int g = 0; g < k / kGroup; ++g) offsets[g] = -8 * V::sum_codes(codes + g * kGroup);
+    }
+
     static void rms_norm(const float *x, const float *weight, int n, float eps, float *out) {
         V squares = V::zero();
         for (int i = 0; i < n; i += 16) {

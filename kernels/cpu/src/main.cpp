@@ -3,99 +3,15 @@
 #include <sys/resource.h>
 #include <time.h>
 
-#include "common.h"
+#include "run_options.h"
 
 namespace {
-
-struct Options {
-    const char *model = nullptr, *ids = nullptr, *kv = "f16";
-    int prompt = 128, decode = 32, threads = 1, repeats = 5, batch = 0, context = 0, verify = 0, bandwidth_mib = 256;
-};
-
-constexpr int kMostTokens = 100000000;
-
-const char kUsage[] =
-    "usage: pocketforge-run MODEL [--prompt-tokens N] [--decode-tokens N] [--threads N] [--repeats N]\n"
-    "                       [--kv f32|f16|int8] [--batch N] [--context N] [--bandwidth-mib N] [--verify 1]\n"
-    "       pocketforge-run MODEL --ids 1,2,3 --decode-tokens N    continue these ids greedily\n";
-
-double cpu_now() {
-    timespec t;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
-
-int fail(const char *text) {
-    fprintf(stderr, "error: %s\n", text);
-    return 2;
-}
 
 // What was printed has arrived, or the status says that it has not.
 int flushed() {
     if (fflush(stdout) == 0 && ferror(stdout) == 0) return 0;
     fprintf(stderr, "error: standard output: %s\n", strerror(errno));
     return 1;
-}
-
-// A whole number from 0 to `most`, ended by `end` or the end of the text.
-bool whole(const char *text, long most, char end, long *value, const char **after) {
-    char *stop = nullptr;
-    errno = 0;
-    *value = strtol(text, &stop, 10);
-    *after = stop;
-    return *text >= '0' && *text <= '9' && errno == 0 && *value <= most && (*stop == '\0' || *stop == end);
-}
-
-// 0, or the exit status of what is wrong.
-int parse(int argc, char **argv, Options *options) {
-    char text[160];
-    for (int i = 1; i < argc; ++i) {
-        const char *name = argv[i];
-        if (strncmp(name, "--", 2) != 0) {
-            if (options->model != nullptr) {
-                snprintf(text, sizeof text, "%.60s: a second model; expected options after the first", name);
-                return fail(text);
-            }
-            options->model = name;
-            continue;
-        }
-        const struct { const char *name; int *value; int least, most; } numbers[] = {
-            {"--prompt-tokens", &options->prompt, 1, kMostTokens}, {"--decode-tokens", &options->decode, 1, kMostTokens},
-            {"--threads", &options->threads, 0, kMostTokens},      {"--repeats", &options->repeats, 1, 1000000},
-            {"--batch", &options->batch, 0, kMostTokens},          {"--context", &options->context, 0, kMostTokens},
-            {"--verify", &options->verify, 0, 1},                  {"--bandwidth-mib", &options->bandwidth_mib, 0, 65536},
-        };
-        const struct { const char *name; const char **value; } texts[] = {{"--ids", &options->ids}, {"--kv", &options->kv}};
-        const char *value = i + 1 < argc ? argv[i + 1] : nullptr;
-        bool known = false;
-        for (const auto &number : numbers) {
-            if (strcmp(name, number.name) != 0) continue;
-            long found = 0;
-            const char *after = nullptr;
-            if (value == nullptr || !whole(value, number.most, '\0', &found, &after) || found < number.least) {
-                snprintf(text, sizeof text, "%s %.60s: expected a whole number from %d to %d", name, value == nullptr ? "" : value,
-                         number.least, number.most);
-                return fail(text);
-            }
-            *number.value = int(found);
-            known = true;
-        }
-        for (const auto &one : texts) {
-            if (strcmp(name, one.name) != 0) continue;
-            if (value == nullptr) {
-                snprintf(text, sizeof text, "%s: its value is missing", name);
-                return fail(text);
-            }
-            *one.value = value;
-            known = true;
-        }
-        if (!known) {
-            snprintf(text, sizeof text, "%.60s: no such option; pocketforge-run --help lists them", name);
-            return fail(text);
-        }
-        ++i;
-    }
-    return options->model != nullptr ? 0 : fail("MODEL is missing; pocketforge-run --help says how it is called");
 }
 
 // The text of a run: "[1.5, 2.5]".
@@ -202,6 +118,7 @@ int main(int argc, char **argv) {
         return flushed();
     }
     if (int status = parse(argc, argv, &options)) return status;
+    pf_measure_cpu_time(strcmp(options.clock, "cpu") == 0);
     char error[512];
     pf_model *model = nullptr;
     pf_session *session = nullptr;
@@ -242,18 +159,18 @@ int main(int argc, char **argv) {
         pf_session_reset(session);
         pf_session_clocks(session, r >= 0, nullptr);
         uint64_t read_before = expert_bytes_read(session);
-        double start = pf::now(), cpu = cpu_now();
+        double start = pf::now(), cpu = pf::seconds_of(CLOCK_PROCESS_CPUTIME_ID);
         if (pf_session_eval(session, tokens.data(), options.prompt, 0, logits.data(), error, sizeof error) != PF_OK) return fail(error);
         double end = pf::now();
         uint64_t read_prefill = expert_bytes_read(session);
         if (r >= 0) prefill[size_t(r)] = end - start;
         if (r >= 0) experts_read[0] += double(read_prefill - read_before) / options.repeats;
-        if (r >= 0) prefill_cpu += cpu_now() - cpu;
+        if (r >= 0) prefill_cpu += pf::seconds_of(CLOCK_PROCESS_CPUTIME_ID) - cpu;
         double parts[32] = {};
         pf_session_clocks(session, r >= 0, parts);
         for (int i = 0; i < pf_operation_count(); ++i) operations[0][i] += parts[i];
         start = end;
-        cpu = cpu_now();
+        cpu = pf::seconds_of(CLOCK_PROCESS_CPUTIME_ID);
         double last = start;
         for (int i = 0; i < options.decode; ++i) {
             int32_t id = pf_sample(logits.data(), info.vocab_size, 0.0f, 1.0f, &state);
@@ -264,7 +181,7 @@ int main(int argc, char **argv) {
             last = end;
         }
         if (r >= 0) decode[size_t(r)] = end - start;
-        if (r >= 0) decode_cpu += cpu_now() - cpu;
+        if (r >= 0) decode_cpu += pf::seconds_of(CLOCK_PROCESS_CPUTIME_ID) - cpu;
         if (r >= 0) experts_read[1] += double(expert_bytes_read(session) - read_prefill) / options.repeats / options.decode;
         pf_session_clocks(session, 0, parts);
         for (int i = 0; i < pf_operation_count(); ++i) operations[1][i] += parts[i];
@@ -274,8 +191,8 @@ int main(int argc, char **argv) {
     double peak_operations = bytes > 0 ? pf_int8_peak(3) : 0.0;
     double after = bytes > 0 ? pf_read_bandwidth(bytes, options.threads, 3) : 0.0;
     double per_token = median(steps);
-    printf("{\"isa\":\"%s\",\"threads\":%d,\"kv\":\"%s\",\"prompt_tokens\":%d,\"decode_tokens\":%d,\"load_seconds\":%.6g,", pf_model_isa(model),
-           options.threads, options.kv, options.prompt, options.decode, load_seconds);
+    printf("{\"isa\":\"%s\",\"threads\":%d,\"clock\":\"%s\",\"kv\":\"%s\",\"prompt_tokens\":%d,\"decode_tokens\":%d,\"load_seconds\":%.6g,",
+           pf_model_isa(model), options.threads, options.clock, options.kv, options.prompt, options.decode, load_seconds);
     printf("\"prefill_tokens_per_second\":%.6g,\"decode_tokens_per_second\":%.6g,\"time_to_first_token_ms\":%.6g,",
            options.prompt / median(prefill), options.decode / median(decode), 1e3 * median(prefill));
     printf("\"prefill_cpu_seconds\":%.6g,\"decode_cpu_seconds\":%.6g,", prefill_cpu / options.repeats, decode_cpu / options.repeats);

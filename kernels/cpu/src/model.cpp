@@ -128,19 +128,17 @@ pf_status pf_model::read_block(int index, const Error &error) {
     return feed_forward(named("feed_forward"), config.ffn_size, &block.feed_forward, error);
 }
 
-pf_status pf_model::matrix(const char *name, int rows, int k, pf::Matrix *out, const Error &error) const {
+pf_status pf_model::matrix(const char *name, int rows, int k, pf::Matrix *out, const Error &error, bool of_expert) const {
     const pf::Tensor *tensor = file.find(name);
     if (tensor == nullptr) return error.set(PF_BAD_FILE, "tensor %s: missing", name);
-    if (tensor->encoding != pf::Tensor::kInt4 && tensor->encoding != pf::Tensor::kInt8) {
-        return error.set(PF_BAD_FILE, "tensor %s: encoding: not one of a matrix", name);
+    if (!tensor->is_matrix()) return error.set(PF_BAD_FILE, "tensor %s: encoding: not one of a matrix", name);
+    if (tensor->encoding == pf::Tensor::kInt4Out && !of_expert) {
+        return error.set(PF_BAD_FILE, "tensor %s: encoding: int4_g32_out is for routed experts", name);
     }
     if (tensor->rows != uint32_t(rows) || tensor->columns != uint32_t(k)) {
         return error.set(PF_BAD_FILE, "tensor %s: shape: %u x %u; the model says %d x %d", name, tensor->rows, tensor->columns, rows, k);
     }
-    out->encoding = tensor->encoding == pf::Tensor::kInt4 ? pf::Matrix::kInt4 : pf::Matrix::kInt8;
-    out->data = file.data(*tensor);
-    out->rows = rows;
-    out->k = k;
+    *out = tensor->matrix(file.data(*tensor));
     return PF_OK;
 }
 

@@ -48,6 +48,7 @@ struct pf_model {
     pf::Config config;
     pf::Buffer<pf::Block> blocks;
     pf::Buffer<pf::FeedForward> experts;  // [moe_layers, num_experts]
+    bool experts_by_output = false;       // all of them kInt4Out
     pf::Matrix embed, head;
     pf::Buffer<int32_t> outputs;  // the ids of a trimmed head's rows, ascending; empty where a row is its id
     const float *norm = nullptr;
@@ -71,8 +72,8 @@ struct pf_model {
     pf_status read_moe(const pf::Error &error);
     pf_status read_block(int index, const pf::Error &error);
     pf_status read_experts(int index, const pf::Error &error);
-    pf_status feed_forward(const char *prefix, int width, pf::FeedForward *out, const pf::Error &error) const;
-    pf_status matrix(const char *name, int rows, int k, pf::Matrix *out, const pf::Error &error) const;
+    pf_status feed_forward(const char *prefix, int width, pf::FeedForward *out, const pf::Error &error, bool of_expert = false) const;
+    pf_status matrix(const char *name, int rows, int k, pf::Matrix *out, const pf::Error &error, bool of_expert = false) const;
     pf_status floats(const char *name, int rows, int size, const float **out, const pf::Error &error) const;
     pf_status vector(const char *name, int size, const float **out, const pf::Error &error) const { return floats(name, 1, size, out, error); }
 };

@@ -1,6 +1,8 @@
 // What a packed file says of a mixture of experts, and the tensors of its layers. A stranger may have written it.
 #include <float.h>
 
+#include <initializer_list>
+
 #include "model.h"
 
 using pf::Error;
@@ -64,7 +66,13 @@ pf_status pf_model::read_experts(int index, const Error &error) {
     block.experts = own;
     for (int e = 0; e < count && status == PF_OK; ++e) {
         snprintf(name, sizeof name, "blocks.%d.experts.%d", index, e);
-        status = feed_forward(name, config.expert_size, own + e, error);
+        status = feed_forward(name, config.expert_size, own + e, error, true);
+        if (status == PF_OK && index == config.dense_layers && e == 0) experts_by_output = own[e].down.encoding == pf::Matrix::kInt4Out;
+        for (const pf::Matrix *matrix : {&own[e].gate_up, &own[e].down}) {
+            if (status == PF_OK && (matrix->encoding == pf::Matrix::kInt4Out) != experts_by_output) {
+                status = error.set(PF_BAD_FILE, "tensor %s.gate_up: encoding: some experts are int4_g32_out, and some are not", name);
+            }
+        }
         if (status == PF_OK && own[e].down.data != own[e].gate_up.data + own[e].gate_up.bytes()) {
             status = error.set(PF_BAD_FILE, "tensor %s.down: offset: it does not follow gate_up, an expert is one record", name);
         }
@@ -72,11 +80,11 @@ pf_status pf_model::read_experts(int index, const Error &error) {
     return status;
 }
 
-pf_status pf_model::feed_forward(const char *prefix, int width, pf::FeedForward *out, const Error &error) const {
+pf_status pf_model::feed_forward(const char *prefix, int width, pf::FeedForward *out, const Error &error, bool of_expert) const {
     char name[80];
     snprintf(name, sizeof name, "%s.gate_up", prefix);
-    pf_status status = matrix(name, 2 * width, config.hidden_size, &out->gate_up, error);
+    pf_status status = matrix(name, 2 * width, config.hidden_size, &out->gate_up, error, of_expert);
     if (status != PF_OK) return status;
     snprintf(name, sizeof name, "%s.down", prefix);
-    return matrix(name, config.hidden_size, width, &out->down, error);
+    return matrix(name, config.hidden_size, width, &out->down, error, of_expert);
 }

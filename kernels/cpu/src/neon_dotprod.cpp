@@ -29,11 +29,13 @@ template <int S> PF_DOTPROD void int4_vector(const Matrix &w, int first, int ste
     float32x4_t total[S][4];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
-        scales[s] = w.panel(first + s * step);
-        codes[s] = scales[s] + w.scale_bytes();
+        const uint8_t *panel = w.panel(first + s * step);
+        scales[s] = w.group_scales(panel);
+        codes[s] = panel + w.scale_bytes();
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) total[s][r] = vdupq_n_f32(0.0f);
     }
+    const size_t next_scales = w.panel_bytes() + kAhead, scale_step = w.scale_step();  // a panel's scales lie before its codes
     for (int g = 0, groups = w.groups(); g < groups; ++g) {
         int8x16_t x0 = vld1q_s8(x.codes + g * kGroup), x1 = vld1q_s8(x.codes + g * kGroup + 16);
         int32x4_t offset = vld1q_dup_s32(x.offsets + g);
@@ -41,6 +43,7 @@ template <int S> PF_DOTPROD void int4_vector(const Matrix &w, int first, int ste
         for (int s = 0; s < S; ++s) {
             int32x4_t acc[4] = {offset, offset, offset, offset};
             for (int b = 0; b < 4; ++b) __builtin_prefetch(codes[s] + b * 64 + kAhead, 0, 2);
+            if (g % 2 == 0) __builtin_prefetch(scales[s] + next_scales, 0, 2);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; ++b) {
                 int8x16_t four = b < 2 ? x0 : x1;
@@ -64,7 +67,7 @@ template <int S> PF_DOTPROD void int4_vector(const Matrix &w, int first, int ste
                 total[s][r] = vfmaq_f32(total[s][r], vcvtq_f32_s32(acc[r]), scale);
             }
             codes[s] += 256;
-            scales[s] += 32;
+            scales[s] += scale_step;
         }
     }
 #pragma GCC unroll 4
@@ -125,7 +128,8 @@ template <int T>
 PF_DOTPROD void int4_dot(const Matrix &w, const uint8_t *panel, int row, const Rows &x, int first, float *y, size_t stride,
                          int rows) {
     const uint8_t *codes = panel + w.scale_bytes() + row * 4;
-    const uint16_t *scales = reinterpret_cast<const uint16_t *>(panel) + row;
+    const uint16_t *scales = reinterpret_cast<const uint16_t *>(w.group_scales(panel)) + row;
+    const size_t scale_step = w.scale_step() / sizeof(uint16_t);
     const int8_t *token[T];
     float32x4_t total[T][2];
 #pragma GCC unroll 4
@@ -155,7 +159,8 @@ PF_DOTPROD void int4_dot(const Matrix &w, const uint8_t *panel, int row, const R
                 for (int j = 0; j < 2 * T; ++j) acc[j / 2][j % 2] = dot(acc[j / 2][j % 2], high[j % 2], four[j / 2], i * 2 + 1);
             }
         }
-        float32x4_t s0 = Lanes::half4(scales + g * kPanel), s1 = Lanes::half4(scales + g * kPanel + 4);
+        float32x4_t s0 = Lanes::half4(scales), s1 = Lanes::half4(scales + 4);
+        scales += scale_step;
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
             total[t][0] = vfmaq_f32(total[t][0], vcvtq_f32_s32(acc[t][0]), s0);
@@ -219,7 +224,7 @@ bool supported() { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }  // asimddp
 
 using F = FloatOps<Lanes>;
 using A = AttentionOps<Lanes>;
-const Ops kNeonDotOps = {"neon_dotprod", supported, multiply, nullptr,     F::quantize_row, F::rms_norm,
+const Ops kNeonDotOps = {"neon_dotprod", supported, multiply, nullptr,     F::quantize_row, F::quantize_scaled, F::rms_norm,
                          F::rope,        F::swiglu, F::add,   A::store_kv, A::attend,       F::log_sum_exp,
                        F::exponentials, F::router, F::add_scaled, nullptr, F::read};
 

@@ -88,7 +88,8 @@ template <int T>
 PF_I8MM void int4_tile(const Matrix &w, const uint8_t *panel, int row, const Rows &x, int first, float *y, size_t stride, int rows) {
     constexpr int P = (T + 1) / 2, R = kPairs<T>;
     const uint8_t *codes = panel + w.scale_bytes() + row * 4;
-    const uint16_t *scales = reinterpret_cast<const uint16_t *>(panel) + row;
+    const uint16_t *scales = reinterpret_cast<const uint16_t *>(w.group_scales(panel)) + row;
+    const size_t scale_step = w.scale_step() / sizeof(uint16_t);
     const int8_t *tokens = x.packed + size_t(first) * size_t(x.k);
     const int32_t *offsets = x.packed_offsets + size_t(first) * size_t(w.groups());
     Floats32<T> total;
@@ -132,7 +133,7 @@ PF_I8MM void int4_tile(const Matrix &w, const uint8_t *panel, int row, const Row
             for (int p = 0; p < P; ++p) total[p][r] = vfmaq_f32(total[p][r], vcvtq_f32_s32(acc[p][r]), scale);
         }
         codes += 256;
-        scales += kPanel;
+        scales += scale_step;
         tokens += kGroup * T;
         offsets += T;
     }
@@ -191,7 +192,7 @@ bool supported() { return kNeonDotOps.supported() && (getauxval(AT_HWCAP2) >> 13
 
 using F = FloatOps<Lanes>;
 using A = AttentionOps<Lanes>;
-const Ops kNeonI8mmOps = {"neon_i8mm", supported, multiply, pack,        F::quantize_row, F::rms_norm,
+const Ops kNeonI8mmOps = {"neon_i8mm", supported, multiply, pack,        F::quantize_row, F::quantize_scaled, F::rms_norm,
                           F::rope,     F::swiglu, F::add,   A::store_kv, A::attend,       F::log_sum_exp,
                        F::exponentials, F::router, F::add_scaled, nullptr, F::read};
 

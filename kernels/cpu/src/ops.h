@@ -9,22 +9,40 @@ namespace pf {
 
 // A matrix [rows, k] in panels of 16 rows; see docs/packed-format.md.
 struct Matrix {
-    enum Encoding { kInt4, kInt8 } encoding = kInt4;
+    enum Encoding { kInt4, kInt8, kInt4Out } encoding = kInt4;
     const uint8_t *data = nullptr;
     int rows = 0, k = 0;
+    bool unscaled = false;  // INT4 panels of codes alone, all scales 1: what is left of a pair of kInt4Out
 
     int panels() const { return (rows + kPanel - 1) / kPanel; }
     int groups() const { return k / kGroup; }
     // INT4: fp16 scales [group][16 rows], then codes; INT8: fp32 scales [16 rows], then codes.
     size_t scale_bytes() const {
+        if (unscaled) return 0;
         return encoding == kInt4 ? round_up(size_t(groups()) * kPanel * 2, kAlignment) : kPanel * sizeof(float);
     }
     size_t code_bytes() const { return encoding == kInt4 ? size_t(k) * kPanel / 2 : size_t(k) * kPanel; }
     size_t panel_bytes() const { return scale_bytes() + code_bytes(); }
-    size_t bytes() const { return panel_bytes() * size_t(panels()); }
+    size_t bytes() const { return encoding == kInt4Out ? pair_bytes() * size_t(pairs()) : panel_bytes() * size_t(panels()); }
     uint64_t weights() const { return uint64_t(rows) * uint64_t(k); }
     const uint8_t *panel(int index) const { return data + size_t(index) * panel_bytes(); }
+    // fp16 scales of an INT4 panel's groups, and the bytes from one group's to the next one's.
+    const uint8_t *group_scales(const uint8_t *panel) const { return unscaled ? reinterpret_cast<const uint8_t *>(kOnes) : panel; }
+    size_t scale_step() const { return unscaled ? 0 : kPanel * 2; }
+
+    // kInt4Out: two panels share a scale for each column, fp16 [k], which lie before their codes.
+    int pairs() const { return rows / kGroup; }
+    size_t pair_bytes() const { return size_t(k) * (2 + kGroup / 2); }
+    const uint16_t *column_scales(int pair) const { return reinterpret_cast<const uint16_t *>(data + size_t(pair) * pair_bytes()); }
+    Matrix codes_of(int pair) const { return {kInt4, data + size_t(pair) * pair_bytes() + size_t(k) * 2, kGroup, k, true}; }
+
+    static constexpr uint16_t kOnes[kPanel] = {0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00,
+                                               0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00};
 };
+
+// The sums of a kInt4Out row stay below 2^24 in size, so floats hold them whatever the order they add up in: the INT4 kernels
+// serve, with scales of 1.
+constexpr int kMostOutColumns = 16384;
 
 // `count` rows of quantized activations: codes in [-127, 127], one scale a row.
 struct Rows {
@@ -124,6 +142,8 @@ struct Ops {
     void (*multiply)(const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride);
     void (*pack_rows)(Rows &x, int first, int last);  // fills x.packed for tiles beginning in [first, last); may be null
     void (*quantize_row)(const float *x, int k, int8_t *codes, float *scale, int32_t *offsets);
+    // The same of x[i] * column_scales[i] (fp16); a row whose largest is below 1e-30 is 0.
+    void (*quantize_scaled)(const float *x, const uint16_t *column_scales, int k, int8_t *codes, float *scale, int32_t *offsets);
     void (*rms_norm)(const float *x, const float *weight, int n, float eps, float *out);  // weight may be null
     void (*rope)(float *x, int head_dim, Rope rope);
     void (*swiglu)(const float *gate, const float *up, int n, float *out);
@@ -148,6 +168,11 @@ extern const Ops kAvx2Ops, kAvx512Ops;
 #elif defined(__aarch64__)
 extern const Ops kNeonDotOps, kNeonI8mmOps;
 #endif
+
+// y[t, row] of rows of floats with the pairs [begin, end) of a kInt4Out matrix. Row t of x is x + index[t] * k, or t where `index` is
+// null; `rows` are `count` of k, as scratch.
+void multiply_out(const Ops &ops, const Matrix &w, const float *x, const int32_t *index, int count, int begin, int end, float *y,
+                  size_t stride, Rows rows);
 
 int ops_count();
 const Ops *ops_at(int index);

@@ -5,11 +5,13 @@ extern "C" {
 
 pf_status pf_op_linear(int32_t encoding, const void *panels, int32_t rows, int32_t k, const float *x, int32_t count, float *y) {
     const pf::Ops *ops = pf::default_ops();
-    if (ops == nullptr || rows < 1 || k < pf::kGroup || k % pf::kGroup != 0 || count < 1 || (encoding != 0 && encoding != 1)) {
+    if (ops == nullptr || rows < 1 || k < pf::kGroup || k % pf::kGroup != 0 || count < 1 || encoding < 0 || encoding > 2) {
         return PF_BAD_ARGUMENT;
     }
+    bool by_output = encoding == 2;
+    if (by_output && (rows % pf::kGroup != 0 || k > pf::kMostOutColumns)) return PF_BAD_ARGUMENT;
     pf::Matrix w;
-    w.encoding = encoding == 0 ? pf::Matrix::kInt4 : pf::Matrix::kInt8;
+    w.encoding = by_output ? pf::Matrix::kInt4Out : encoding == 0 ? pf::Matrix::kInt4 : pf::Matrix::kInt8;
     w.data = static_cast<const uint8_t *>(panels);
     w.rows = rows;
     w.k = k;
@@ -19,6 +21,11 @@ pf_status pf_op_linear(int32_t encoding, const void *panels, int32_t rows, int32
     if (!memory.allocate(n, width)) return PF_NO_MEMORY;
     for (int first = 0; first < count; first += kBatch) {
         pf::Rows rows_of_x = memory.rows(0, pf::smaller(kBatch, count - first), k);
+        if (by_output) {
+            pf::multiply_out(*ops, w, x + size_t(first) * width, nullptr, rows_of_x.count, 0, w.pairs(), y + size_t(first) * size_t(rows),
+                             size_t(rows), rows_of_x);
+            continue;
+        }
         for (int t = 0; t < rows_of_x.count; ++t) {
             size_t at = size_t(t) * width;
             ops->quantize_row(x + size_t(first) * width + at, k, rows_of_x.codes + at, rows_of_x.scales + t, rows_of_x.offsets + at / pf::kGroup);

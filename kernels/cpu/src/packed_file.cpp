@@ -127,6 +127,7 @@ pf_status PackedFile::read_tensor(int node, Tensor *tensor, const Error &error) 
     int encoding = json_.find(node, "encoding");
     if (json_.equals(encoding, "int4_g32")) tensor->encoding = Tensor::kInt4;
     else if (json_.equals(encoding, "int8_row")) tensor->encoding = Tensor::kInt8;
+    else if (json_.equals(encoding, "int4_g32_out")) tensor->encoding = Tensor::kInt4Out;
     else if (json_.equals(encoding, "f32")) tensor->encoding = Tensor::kF32;
     else if (json_.equals(encoding, "bytes")) tensor->encoding = Tensor::kBytes;
     else return error.set(PF_BAD_FILE, "tensor %s: encoding: not one that this runtime reads", tensor->name);
@@ -155,16 +156,16 @@ pf_status PackedFile::read_tensor(int node, Tensor *tensor, const Error &error) 
         return error.set(PF_BAD_FILE, "tensor %s: offset: not a multiple of 64 inside the file", tensor->name);
     }
     uint64_t expected = rows * columns * (tensor->encoding == Tensor::kF32 ? 4 : 1);
-    if (tensor->encoding == Tensor::kInt4 || tensor->encoding == Tensor::kInt8) {
+    if (tensor->is_matrix()) {
         if (columns % kGroup != 0 || columns > kMostColumns) {
             return error.set(PF_BAD_FILE, "tensor %s: shape: rows of %llu weights; expected a multiple of 32", tensor->name,
                              static_cast<unsigned long long>(columns));
         }
-        Matrix matrix;
-        matrix.encoding = tensor->encoding == Tensor::kInt4 ? Matrix::kInt4 : Matrix::kInt8;
-        matrix.rows = int(rows);
-        matrix.k = int(columns);
-        expected = matrix.bytes();
+        if (tensor->encoding == Tensor::kInt4Out && (rows % kGroup != 0 || columns > kMostOutColumns)) {
+            return error.set(PF_BAD_FILE, "tensor %s: shape: %llu rows of %llu weights; int4_g32_out takes a multiple of 32 of at most %d",
+                             tensor->name, static_cast<unsigned long long>(rows), static_cast<unsigned long long>(columns), kMostOutColumns);
+        }
+        expected = tensor->matrix(nullptr).bytes();
     }
     if (tensor->bytes != expected) {
         return error.set(PF_BAD_FILE, "tensor %s: bytes: %llu; its shape needs %llu", tensor->name,

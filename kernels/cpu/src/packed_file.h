@@ -21,11 +21,17 @@ struct Header {
 static_assert(sizeof(Header) == 64, "the header is 64 bytes");
 
 struct Tensor {
-    enum Encoding : uint8_t { kInt4, kInt8, kF32, kBytes } encoding;
+    enum Encoding : uint8_t { kInt4, kInt8, kInt4Out, kF32, kBytes } encoding;
     char name[64];
     uint32_t rows, columns;   // a vector is one row; bytes have one row
     uint64_t offset, bytes;
     uint32_t crc32c;
+
+    bool is_matrix() const { return encoding <= kInt4Out; }
+    Matrix matrix(const uint8_t *data) const {
+        Matrix::Encoding kind = encoding == kInt4 ? Matrix::kInt4 : encoding == kInt8 ? Matrix::kInt8 : Matrix::kInt4Out;
+        return {kind, data, int(rows), int(columns), false};
+    }
 };
 
 class PackedFile {

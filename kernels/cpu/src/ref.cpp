@@ -104,8 +104,7 @@ struct Lanes {
 
 // One output: group by group, integers first, then one fused multiply-add with the group's scale.
 float dot_int4(const Matrix &w, const uint8_t *panel, int row, const int8_t *x, float x_scale) {
-    const uint16_t *scales = reinterpret_cast<const uint16_t *>(panel);
-    const uint8_t *codes = panel + w.scale_bytes();
+    const uint8_t *scales = w.group_scales(panel), *codes = panel + w.scale_bytes();
     float total = 0.0f;
     for (int g = 0; g < w.groups(); ++g) {
         int32_t sum = 0;
@@ -114,7 +113,8 @@ float dot_int4(const Matrix &w, const uint8_t *panel, int row, const int8_t *x, 
             int code = int(i % 8 < 4 ? byte & 15 : byte >> 4) - 8;
             sum += code * x[g * kGroup + i];
         }
-        total = __builtin_fmaf(float(sum), half_to_float(scales[g * kPanel + row]), total);
+        const uint16_t *group = reinterpret_cast<const uint16_t *>(scales + size_t(g) * w.scale_step());
+        total = __builtin_fmaf(float(sum), half_to_float(group[row]), total);
     }
     return total * x_scale;
 }
@@ -145,7 +145,7 @@ bool always() { return true; }
 
 using F = FloatOps<Lanes>;
 using A = AttentionOps<Lanes>;
-const Ops kRefOps = {"ref",   always,      multiply,  nullptr,  F::quantize_row, F::rms_norm,   F::rope,
+const Ops kRefOps = {"ref",   always,      multiply,  nullptr,  F::quantize_row, F::quantize_scaled, F::rms_norm,   F::rope,
                      F::swiglu, F::add, A::store_kv, A::attend, F::log_sum_exp,
                        F::exponentials, F::router, F::add_scaled, nullptr, F::read};
 

@@ -64,7 +64,7 @@ pf_status pf_session::create(const Error &error) {
                 product_.allocate(n * size_t(c.hidden_size)) && logits_.allocate(size_t(pf::smaller(kHeadTile, batch)) * vocabulary) &&
                 scores_.allocate(scores_stride_ * size_t(options.threads)) && row_memory_.allocate(n, widest) &&
                 cos_.allocate(size_t(options.context) * size_t(c.head_dim)) && sin_.allocate(size_t(options.context) * size_t(c.head_dim)) &&
-                caches_.allocate(size_t(c.executed())) && (c.moe_layers() == 0 || mixture.allocate(c, batch, options.threads));
+                caches_.allocate(size_t(c.executed())) && (c.moe_layers() == 0 || mixture.allocate(c, batch, options.threads, model->experts_by_output));
     if (!good) return error.set(PF_NO_MEMORY, "no memory for the scratch of a session of %d tokens", options.context);
     size_t total = 0;
     for (int pass = 0; pass < 2; ++pass) {

@@ -9,13 +9,17 @@ namespace pf {
 enum Operation { kEmbed, kNorm, kQuantize, kQkv, kRope, kAttention, kOut, kGateUp, kSwiglu, kDown, kHead, kRoute, kGather, kMix,
                  kOperations };
 
-// A product that shares a region of the threads with others.
+// A product that shares a region of the threads with others: of rounded rows, or (kInt4Out) of rows of floats.
 struct Job {
     const Matrix *w;
     Rows x;
+    const float *floats;   // row i is floats + index[i] * k; `index` may be null
+    const int32_t *index;
     float *y;
     size_t stride;
-    int64_t panel_cost() const { return int64_t(w->k) * (x.count + 4); }  // loading and taking apart is worth a few tokens
+
+    int parts() const { return floats != nullptr ? w->pairs() : w->panels(); }
+    int64_t part_cost() const { return int64_t(w->k) * (x.count + 4); }  // loading and taking apart is worth a few tokens
 };
 
 // Scratch of a layer of experts, and what is counted of them. A pair is a token and one of its experts; pairs are sorted by expert,
@@ -32,12 +36,15 @@ struct Mixture {
     Buffer<Job> jobs;               // [experts + 1]
     RowMemory pairs, shared;        // rounded rows of a group's pairs, and of the shared expert's second product
     Buffer<float> gate_up, out;     // of a group's pairs
+    Buffer<float> hidden;           // of a group's pairs, between the products, where those take floats
+    RowMemory by_output;            // scratch of such products: [threads][rows]
     Buffer<float> activated;        // [threads, width]
     Buffer<uint64_t> hits;          // [moe_layers, experts]: pairs since the session's start
     uint64_t tokens = 0;            // that went through all layers
     uint64_t read_bytes = 0;        // of routed experts' matrices: each one that a batch needs, once a batch and layer
 
-    bool allocate(const Config &config, int batch, int threads);
+    bool allocate(const Config &config, int batch, int threads, bool experts_by_output);
+    static int most_rows(int batch) { return larger(batch, kPairs); }
 };
 
 struct Cache {

@@ -57,7 +57,8 @@ template <int T>
 void int4_half(const Matrix &w, const uint8_t *panel, int half, const int8_t *x, const int32_t *offsets, const float *scales,
                float *y, size_t stride, int rows) {
     const uint8_t *codes = panel + w.scale_bytes() + half * 32;
-    const uint8_t *group_scales = panel + half * 16;
+    const uint8_t *group_scales = w.group_scales(panel) + half * 16;
+    const size_t scale_step = w.scale_step();
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     __m256 total[T];
 #pragma GCC unroll 4
@@ -76,7 +77,8 @@ void int4_half(const Matrix &w, const uint8_t *panel, int half, const int8_t *x,
                 pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(second, broadcast(x + ((b * 2 + 1) * T + t) * 4)));
             }
         }
-        __m256 scale = _mm256_cvtph_ps(Lanes::load16(group_scales + g * 32));
+        __m256 scale = _mm256_cvtph_ps(Lanes::load16(group_scales));
+        group_scales += scale_step;
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
             __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(pairs[t], ones), _mm256_set1_epi32(offsets[g * T + t]));
@@ -92,16 +94,20 @@ void int4_half(const Matrix &w, const uint8_t *panel, int half, const int8_t *x,
 // One token and S panels that lie apart, both halves of each: see x86_avx512.cpp.
 constexpr int kStreams = 2, kAhead = 4096;
 
+inline void ask(const uint8_t *p) { _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T1); }
+
 template <int S>
 void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) {
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     const uint8_t *scales[S], *codes[S];
     __m256 total[S][2];
     for (int s = 0; s < S; ++s) {
-        scales[s] = w.panel(first + s * step);
-        codes[s] = scales[s] + w.scale_bytes();
+        const uint8_t *panel = w.panel(first + s * step);
+        scales[s] = w.group_scales(panel);
+        codes[s] = panel + w.scale_bytes();
         total[s][0] = total[s][1] = _mm256_setzero_ps();
     }
+    const size_t next_scales = w.panel_bytes() + kAhead, scale_step = w.scale_step();
     for (int g = 0, groups = w.groups(); g < groups; ++g) {
         __m256i pairs[S][2];
 #pragma GCC unroll 2
@@ -112,7 +118,7 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
 #pragma GCC unroll 2
             for (int s = 0; s < S; ++s) {
                 const uint8_t *at = codes[s] + size_t(g) * 256 + b * 64;
-                _mm_prefetch(reinterpret_cast<const char *>(at + kAhead), _MM_HINT_T1);
+                ask(at + kAhead);
 #pragma GCC unroll 2
                 for (int half = 0; half < 2; ++half) {
                     __m256i both = load32(at + half * 32);
@@ -129,9 +135,11 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
                 __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(pairs[s][half], ones), offset);
-                __m256 scale = _mm256_cvtph_ps(Lanes::load16(scales[s] + g * 32 + half * 16));
+                if (half == 0 && g % 2 == 0) ask(scales[s] + next_scales);
+                __m256 scale = _mm256_cvtph_ps(Lanes::load16(scales[s] + half * 16));
                 total[s][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, total[s][half]);
             }
+            scales[s] += scale_step;
         }
     }
     for (int s = 0; s < S; ++s) {
@@ -219,7 +227,7 @@ bool supported() {
 
 using F = FloatOps<Lanes>;
 using A = AttentionOps<Lanes>;
-const Ops kAvx2Ops = {"avx2",  supported, multiply, pack,        F::quantize_row, F::rms_norm,
+const Ops kAvx2Ops = {"avx2",  supported, multiply, pack,        F::quantize_row, F::quantize_scaled, F::rms_norm,
                       F::rope, F::swiglu, F::add,   A::store_kv, A::attend,       F::log_sum_exp,
                        F::exponentials, F::router, F::add_scaled, burn, F::read};
 

@@ -93,13 +93,19 @@ inline void store_rows(float *y, __m512 value, int rows) {
     else _mm512_mask_storeu_ps(y, __mmask16((1u << rows) - 1), value);
 }
 
-constexpr int kTile = 12;
+// Lines further on are asked for, into the second cache: the first has too few requests in flight. A panel's scales lie before
+// its codes, so those of the next panel are asked for too, or every panel would begin with a wait.
+inline void ask(const uint8_t *p) { _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T1); }
+
+constexpr int kTile = 12, kTileAhead = 8192;
 
 // T tokens by 16 rows: T integer and T float accumulators.
 template <int T>
 void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int32_t *offsets, const float *scales, float *y,
                size_t stride, int rows) {
-    const uint8_t *codes = panel + w.scale_bytes();
+    const uint8_t *codes = panel + w.scale_bytes(), *next_scales = panel + w.panel_bytes() + kTileAhead;
+    const uint8_t *group_scales = w.group_scales(panel);
+    const size_t scale_step = w.scale_step();
     const __m512i low = _mm512_set1_epi8(15);
     __m512 total[T];
 #pragma GCC unroll 12
@@ -110,6 +116,7 @@ void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int
         for (int t = 0; t < T; ++t) acc[t] = _mm512_set1_epi32(offsets[g * T + t]);
 #pragma GCC unroll 4
         for (int b = 0; b < 4; ++b) {
+            ask(codes + b * 64 + kTileAhead);
             __m512i both = _mm512_loadu_si512(codes + b * 64);
             __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
 #pragma GCC unroll 12
@@ -117,7 +124,9 @@ void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int
 #pragma GCC unroll 12
             for (int t = 0; t < T; ++t) acc[t] = _mm512_dpbusd_epi32(acc[t], second, broadcast(x + ((b * 2 + 1) * T + t) * 4));
         }
-        __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(panel + g * 32)));
+        if (g % 2 == 0) ask(next_scales + g * 32);
+        __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(group_scales)));
+        group_scales += scale_step;
 #pragma GCC unroll 12
         for (int t = 0; t < T; ++t) total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t]), scale, total[t]);
         codes += 256;
@@ -127,8 +136,7 @@ void int4_tile(const Matrix &w, const uint8_t *panel, const int8_t *x, const int
     for (int t = 0; t < T; ++t) store_rows(y + size_t(t) * stride, _mm512_mul_ps(total[t], _mm512_set1_ps(scales[t])), rows);
 }
 
-// One token and S panels that lie apart: memory sets the pace, and one core reads several streams faster than one. The lines of
-// kAhead bytes further on are asked for, into the second cache: the first has too few requests in flight.
+// One token and S panels that lie apart: memory sets the pace, and one core reads several streams faster than one.
 constexpr int kStreams = 4, kAhead = 4096;
 
 template <int S>
@@ -137,10 +145,12 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
     __m512 total[S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
-        scales[s] = w.panel(first + s * step);
-        codes[s] = scales[s] + w.scale_bytes();
+        const uint8_t *panel = w.panel(first + s * step);
+        scales[s] = w.group_scales(panel);
+        codes[s] = panel + w.scale_bytes();
         total[s] = _mm512_setzero_ps();
     }
+    const size_t next_scales = w.panel_bytes() + kAhead, scale_step = w.scale_step();
     const __m512i low = _mm512_set1_epi8(15);
     const int8_t *four = x.codes;
     for (int g = 0, groups = w.groups(); g < groups; ++g) {
@@ -153,7 +163,7 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
 #pragma GCC unroll 4
             for (int s = 0; s < S; ++s) {
                 const uint8_t *at = codes[s] + size_t(g) * 256 + b * 64;
-                _mm_prefetch(reinterpret_cast<const char *>(at + kAhead), _MM_HINT_T1);
+                ask(at + kAhead);
                 __m512i both = _mm512_loadu_si512(at);
                 acc[s] = _mm512_dpbusd_epi32(acc[s], _mm512_and_si512(both, low), x0);
                 acc[s] = _mm512_dpbusd_epi32(acc[s], _mm512_and_si512(_mm512_srli_epi16(both, 4), low), x1);
@@ -161,7 +171,9 @@ void int4_vector(const Matrix &w, int first, int step, const Rows &x, float *y) 
         }
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
-            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales[s] + g * 32)));
+            if (g % 2 == 0) ask(scales[s] + next_scales);
+            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales[s])));
+            scales[s] += scale_step;
             total[s] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[s]), scale, total[s]);
         }
         four += kGroup;
@@ -259,7 +271,7 @@ bool supported() {
 
 using F = FloatOps<Lanes>;
 using A = AttentionOps<Lanes>;
-const Ops kAvx512Ops = {"avx512vnni", supported, multiply,    pack,      F::quantize_row, F::rms_norm,
+const Ops kAvx512Ops = {"avx512vnni", supported, multiply,    pack,      F::quantize_row, F::quantize_scaled, F::rms_norm,
                         F::rope,      F::swiglu, F::add, A::store_kv, A::attend,       F::log_sum_exp,
                        F::exponentials, F::router, F::add_scaled, burn, F::read};
 
