@@ -14,6 +14,8 @@ PANEL = 16
 GROUP = 32
 """Weights of a row that share an INT4 scale."""
 ALIGNMENT = 64
+MOST_OUT_COLUMNS = 16_384
+"""Columns of a matrix with groups along its outputs: sums of more products of codes could pass 2^24, and fp32."""
 
 Codes = NDArray[np.int8]
 Bytes = NDArray[np.uint8]

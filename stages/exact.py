@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import ops
-from kernels.packed_layout import GROUP, pack_int4
+from kernels.packed_layout import GROUP, MOST_OUT_COLUMNS, pack_int4, pack_int4_out
 from kernels.runtime import RuntimeLibraryError, library
 from modeling.attention import Attention, LayerCache, Layout
 from modeling.config import ModelConfig
@@ -74,8 +74,16 @@ class ExactExperts(FakeQuantExperts):
 
     def expert(self, index: int, rows: Tensor) -> Tensor:
         """Rows [n, D] through one of them."""
-        gate, up = ops.linear_int4(rows, self.gate_up_panels[index], self.gate_up.shape[2]).chunk(2, -1)
-        return ops.linear_int4(ops.swiglu(gate, up), self.down_panels[index], self.down.shape[2])
+        by_output = self.quant.expert_axis == "output"
+        both = ops.linear_int4(rows, self.gate_up_panels[index], self.gate_up.shape[2], by_output=by_output)
+        hidden = ops.swiglu(*both.chunk(2, -1))
+        return ops.linear_int4(hidden, self.down_panels[index], self.down.shape[2], by_output=by_output)
+
+    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """One expert's matrix, [out, in] or with groups along the outputs [in, out]."""
+        if self.quant.expert_axis == "input":
+            return _panels(codes, scales)
+        return torch.from_numpy(pack_int4_out(codes.T.numpy(), scales.T.numpy()))
 
 
 class ExactMoE(MoE):
@@ -105,7 +113,7 @@ def suits(config: ModelConfig, spec: QuantSpec) -> bool:
     sizes = [config.hidden_size, config.ffn_size, config.head_dim]
     if config.moe is not None:
         sizes += [config.moe.expert_size, config.moe.shared_size]
-        if spec.expert_axis != "input":
+        if spec.expert_axis == "output" and max(config.hidden_size, config.moe.expert_size) > MOST_OUT_COLUMNS:
             return False
     if spec.weight_bits != 4 or spec.group_size != GROUP or spec.activation_bits != 8 or any(size % GROUP for size in sizes):
         return False
@@ -127,8 +135,8 @@ def use_runtime_arithmetic(model: Decoder) -> None:
             cast(ExactLinear, module).panels = _panels(*convert_weight(model, name))
         elif isinstance(module, FakeQuantExperts | ExactExperts):
             module.__class__ = ExactExperts
-            of_each = zip(*convert_weight(model, name), strict=True)
-            setattr(module, f"{weight}_panels", [_panels(codes, scales) for codes, scales in of_each])
+            of_each, pack = zip(*convert_weight(model, name), strict=True), cast(ExactExperts, module).pack
+            setattr(module, f"{weight}_panels", [pack(codes, scales) for codes, scales in of_each])
     swaps: dict[type[nn.Module], type[nn.Module]] = {
         RMSNorm: ExactRMSNorm, FeedForward: ExactFeedForward, Attention: ExactAttention, MoE: ExactMoE,
     }  # fmt: skip

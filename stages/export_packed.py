@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from kernels.packed_file import PackedTensor, blob, f32, int4, int4_out, int8, write_packed
-from kernels.packed_layout import GROUP
+from kernels.packed_layout import GROUP, MOST_OUT_COLUMNS
 from kernels.runtime import crc32c
 from modeling.config import ModelConfig
 from modeling.decoder import Decoder
@@ -33,7 +33,6 @@ MOST = {"vocab_size": 2**24, "hidden_size": 2**18, "num_layers": 4096, "block_re
 """What `kernels/cpu/src/model.cpp` takes: from a stranger's file, larger sizes are an attack."""
 MOST_OF_EXPERTS = {"num_experts": 4096, "top_k": 64, "expert_size": 2**19, "shared_size": 2**19}
 """The same of `model_moe.cpp`."""
-MOST_OUT_COLUMNS = 16384
 
 
 class NotPackable(InputError):
