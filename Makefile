@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 FIND_LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) --constraint constraints.txt
 
-.PHONY: quickstart quickstart-search scaling-law test interop lint types setup setup-dev runtime-aarch64 fuzz clean
+.PHONY: quickstart quickstart-moe quickstart-search scaling-law test interop lint types setup setup-dev runtime-aarch64 fuzz clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/uv:
@@ -41,6 +41,9 @@ $(VENV)/.ready-search: $(VENV)/.ready
 
 quickstart: setup
 	$(BIN)/python launch/recipe.py --recipe quickstart --output-dir runs/quickstart --resume
+
+quickstart-moe: setup
+	$(BIN)/python launch/recipe.py --recipe tiny_moe --output-dir runs/tiny_moe --resume
 
 # Goes on where it was interrupted; a finished one only writes its page again.
 quickstart-search: $(VENV)/.ready-search

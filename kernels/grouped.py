@@ -43,12 +43,12 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor | None = None) -
         if len(rows) % len(weight):
             raise ValueError(f"{len(rows)} rows cannot be shared equally by {len(weight)} experts")
         return torch.bmm(rows.view(len(weight), -1, rows.shape[-1]), weight).flatten(0, 1)
-    if rows.is_cuda and (triton := _triton()) is not None:
-        result: Tensor = triton.grouped_linear(rows, weight, counts)
-        return result
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight = rows.to(dtype), weight.to(dtype)
+    if rows.is_cuda and (triton := _triton()) is not None:
+        on_gpu: Tensor = triton.grouped_linear(rows, weight, counts)
+        return on_gpu
     sizes = counts.tolist()
     if sum(sizes) != len(rows):
         raise ValueError(f"the counts of {len(weight)} experts add up to {sum(sizes)} rows, {len(rows)} were given")

@@ -50,6 +50,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: int, window: int | None) -> Te
     return out
 
 
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits [T, E] of rows [T, H] and a router's weight [E, H]; neither is rounded."""
+    x, weight = _dense(x), _dense(weight)
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"rows {list(x.shape)} and a router {list(weight.shape)} do not match")
+    logits = torch.empty(len(x), len(weight))
+    _check(library().pf_op_router(x.data_ptr(), weight.data_ptr(), len(x), x.shape[1], len(weight), logits.data_ptr()))
+    return logits
+
+
+def route(
+    logits: Tensor, bias: Tensor, top_k: int, *, softmax: bool = False, normalize: bool = True, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Experts int64 [T, k], ids ascending, and their mixing weights [T, k], of logits [T, E] and a balance bias [E].
+
+    The lowest of equals is chosen; a NaN counts as the largest number (`kernels/cpu/src/routing.h`).
+    """
+    logits, bias = _dense(logits), _dense(bias)
+    tokens, experts = logits.shape
+    if bias.shape != (experts,):
+        raise ValueError(f"a bias of shape {list(bias.shape)} for {experts} experts")
+    chosen = torch.empty(tokens, max(top_k, 0), dtype=torch.int32)
+    weights = torch.empty(tokens, max(top_k, 0))
+    _check(library().pf_op_route(
+        logits.data_ptr(), bias.data_ptr(), tokens, experts, top_k, int(softmax), int(normalize), scale,
+        chosen.data_ptr(), weights.data_ptr(),
+    ))  # fmt: skip
+    return chosen.long(), weights
+
+
+def mix(first: Tensor | None, rows: Tensor, weights: Tensor) -> Tensor:
+    """first [T, H] (None: 0) plus weights [T, k] times rows [T, k, H], added in order with fused multiply-adds."""
+    rows, weights = _dense(rows), _dense(weights)
+    start = None if first is None else _dense(first)
+    tokens, k, width = rows.shape
+    if weights.shape != (tokens, k) or (start is not None and start.shape != (tokens, width)):
+        raise ValueError(f"rows {list(rows.shape)} and weights {list(weights.shape)} do not match")
+    out = torch.empty(tokens, width)
+    address = None if start is None else start.data_ptr()
+    _check(library().pf_op_mix(address, rows.data_ptr(), weights.data_ptr(), tokens, k, width, out.data_ptr()))
+    return out
+
+
 def _dense(x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or not x.is_cpu:
         raise ValueError(f"the runtime's operations take fp32 on the CPU; got {x.dtype} on {x.device}")
@@ -58,4 +101,5 @@ def _dense(x: Tensor) -> Tensor:
 
 def _check(status: int) -> None:
     if status:
-        raise ValueError(f"the runtime refused a shape (status {status}); sizes must be multiples of 32")
+        raise ValueError(f"the runtime refused a shape (status {status}); sizes must be multiples of 32, experts at most "
+                         "4096 and 64 a token")

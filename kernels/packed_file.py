@@ -51,7 +51,7 @@ def int8(name: str, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Pac
 
 
 def f32(name: str, values: NDArray[np.float32]) -> PackedTensor:
-    """A vector [n]."""
+    """A vector [n], or rows of floats [rows, n]."""
     return PackedTensor(name, "f32", values.shape, np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(-1))
 
 

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,9 @@ class _Info(ctypes.Structure):
         (name, c_int32)
         for name in ("vocab_size", "hidden_size", "num_layers", "executed_layers", "num_heads", "num_kv_heads", "head_dim",
                      "ffn_size", "max_positions")
-    ] + [("file_bytes", c_uint64), ("decode_bytes", c_uint64), ("layer_weights", c_uint64)]  # fmt: skip
+    ] + [("file_bytes", c_uint64), ("decode_bytes", c_uint64), ("layer_weights", c_uint64)] + [
+        (name, c_int32) for name in ("num_experts", "top_k", "moe_layers")
+    ] + [("expert_bytes", c_uint64)]  # fmt: skip
 
 
 class _Options(ctypes.Structure):
@@ -66,10 +69,14 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pf_operation_count": (c_int32, []),
     "pf_operation_name": (c_char_p, [c_int32]),
     "pf_session_clocks": (None, [c_void_p, c_int32, POINTER(c_double)]),
+    "pf_session_experts": (None, [c_void_p, c_void_p, POINTER(c_uint64), POINTER(c_uint64)]),
     "pf_op_linear": (c_int32, [c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_void_p]),
     "pf_op_rms_norm": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_float, c_void_p]),
     "pf_op_swiglu": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_void_p]),
     "pf_op_attend": (c_int32, [c_void_p] * 3 + [c_int32] * 6 + [c_void_p]),
+    "pf_op_router": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p]),
+    "pf_op_route": (c_int32, [c_void_p] * 2 + [c_int32] * 5 + [c_float, c_void_p, c_void_p]),
+    "pf_op_mix": (c_int32, [c_void_p] * 3 + [c_int32] * 3 + [c_void_p]),
     "pf_crc32c": (c_uint32, [c_void_p, c_size_t, c_uint32]),
     "pf_int8_peak": (c_double, [c_int32]),
     "pf_read_bandwidth": (c_double, [c_size_t, c_int32, c_int32]),
@@ -228,6 +235,18 @@ def _token_ids(values: Sequence[int] | NDArray[Any], what: str) -> NDArray[np.in
     return np.ascontiguousarray(found, np.int32)
 
 
+@dataclass(frozen=True)
+class ExpertUse:
+    """What the routers of a mixture of experts did since the session was made."""
+
+    hits: NDArray[np.uint64]
+    """[layers with experts, experts]: tokens that each expert took part in."""
+    tokens: int
+    """Tokens that went through the model."""
+    read_bytes: int
+    """Of routed experts' matrices: each one that a batch needs, once a batch and layer."""
+
+
 class Session:
     """One sequence of tokens on a model, with its key/value cache. Calls from several threads take turns."""
 
@@ -297,6 +316,15 @@ class Session:
         with self._lock:
             lib.pf_session_clocks(self._opened(), int(enable), seconds)
         return {lib.pf_operation_name(i).decode(): seconds[i] for i in range(len(seconds))}
+
+    def experts(self) -> ExpertUse:
+        """How often each expert was chosen, and what was read of them; empty for a dense model."""
+        info = self.model.info
+        hits = np.zeros((info.moe_layers, info.num_experts), np.uint64)
+        tokens, read = c_uint64(), c_uint64()
+        with self._lock:
+            library().pf_session_experts(self._opened(), hits.ctypes.data, byref(tokens), byref(read))
+        return ExpertUse(hits, tokens.value, read.value)
 
     def close(self) -> None:
         """Free it, after what another thread computes with it."""

@@ -18,6 +18,9 @@ from launch.cli import Parser, run  # noqa: E402
 from launch.rundir import check_output, writing  # noqa: E402
 from stages.errors import InputError  # noqa: E402
 
+LAYOUTS = ["llama", "mobilellm", "llama4", "mobilemoe", "mobilemoe-int4", "mixtral", "qwen3_moe", "glm4_moe"]
+"""Those of `modeling.hf_layouts`, which is not imported for --help."""
+
 
 def main() -> None:
     parser = Parser(__doc__)
@@ -27,7 +30,7 @@ def main() -> None:
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--to", choices=["hf", "packed", "gguf", "executorch"], required=True)
     parser.add_argument("--output", type=Path, metavar="P", required=True)
-    parser.add_argument("--layout", choices=["llama", "mobilellm", "llama4"], help="default: the plainest that can hold it")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of --to hf; default: the plainest that can hold it")
     parser.add_argument("--embedding", choices=["int4", "int8"], help="of --to packed; default: as training rounded it")
     options, overrides = parser.parse()
     for option, form in (("layout", "hf"), ("embedding", "packed")):
@@ -94,9 +97,9 @@ def _export_random(options: argparse.Namespace, overrides: dict[str, str]) -> No
 
         write_executorch_model(model.requires_grad_(False), options.output)
     else:
-        from modeling.hf_convert import save_hf
+        from stages.export import write_hf_model
 
-        save_hf(options.output, recipe.model, model.state_dict(), layout=options.layout)
+        write_hf_model(model, options.output, options.layout)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.page import count, duration, render_page, write_page
-from launch.report_data import Numbers, RunRecord, read_run
+from launch.report_data import Numbers, RunRecord, StageRecord, read_run
 from launch.report_packed import operation_bars, packed_rows
 from launch.report_plots import loss_chart, run_chart
 from launch.report_verdicts import four_comparisons
+from modeling.config import ModelConfig
 from stages.config import STAGES, StageConfig, StageName
 
 TITLES: dict[str, str] = {"pretrain": "Pre-training", "midtrain": "Mid-training", "sft": "SFT", "qat": "QAT"}
@@ -42,6 +43,7 @@ def render(run: RunRecord) -> str:
             ("Learning rate", run_chart(stages, "lr", "learning rate")),
             ("Throughput", run_chart(stages, "tokens_per_second", "tokens per second")),
             ("Gradient norm before clipping", run_chart(stages, "grad_norm", "gradient norm", log=True)),
+            *_expert_curves(run, stages),
         ],
         not_run=_not_run(run),
         stage_rows=_stage_rows(run),
@@ -63,7 +65,7 @@ def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
         facts.append(("Parameters", count(model.num_params()), detail))
         repeat = f" \N{MULTIPLICATION SIGN} {model.block_repeat}" if model.block_repeat > 1 else ""
         facts.append(("Shape", f"{model.num_layers}{repeat} layers, width {model.hidden_size}",
-                      f"{model.num_heads} heads, {model.num_kv_heads} key/value, feed-forward {model.ffn_size}, "
+                      f"{model.num_heads} heads, {model.num_kv_heads} key/value, {_feed_forward(model)}, "
                       f"vocabulary {model.vocab_size:,}"))  # fmt: skip
     rows = _stage_rows(run)
     if rows:
@@ -76,6 +78,24 @@ def _headline(run: RunRecord) -> list[tuple[str, str, str]]:
         facts.append(("Workers", str(launch.workers), f"{parallel.precision}, FSDP over {launch.workers}"
                       if launch.workers > 1 else parallel.precision))  # fmt: skip
     return facts
+
+
+def _feed_forward(model: ModelConfig) -> str:
+    moe = model.moe
+    if moe is None:
+        return f"feed-forward {model.ffn_size}"
+    shared = f", one of {moe.shared_size} for every token" if moe.shared_size else ""
+    return f"{moe.num_experts} experts of {moe.expert_size}, {moe.top_k} a token{shared}"
+
+
+def _expert_curves(run: RunRecord, stages: list[StageRecord]) -> list[tuple[str, str | None]]:
+    """How evenly a mixture's experts were used; nothing for a dense model."""
+    if run.model is None or run.model.moe is None:
+        return []
+    share = "multiple of the even share"
+    return [("Load of the busiest expert of any layer", run_chart(stages, "experts_load_max", share)),
+            ("Load of the idlest expert of any layer", run_chart(stages, "experts_load_min", share)),
+            ("Choices dropped at full experts", run_chart(stages, "experts_dropped", "share of choices"))]  # fmt: skip
 
 
 def _stage_rows(run: RunRecord) -> list[dict[str, Any]]:

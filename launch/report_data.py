@@ -146,10 +146,8 @@ def _read_model(path: Path, notes: list[str]) -> ModelConfig | None:
         return None
     fields = {item.name for item in dataclasses.fields(ModelConfig)}
     known: dict[str, Any] = {key: value for key, value in values.items() if key in fields}
-    if isinstance(known.get("attention"), list):
-        known["attention"] = tuple(known["attention"])
     try:
-        return ModelConfig(**known)
+        return ModelConfig.from_plain(known)
     except (TypeError, ValueError) as error:
         notes.append(f"{path.parent.name}/model.json is no model of this version: {error}")
         return None
@@ -162,7 +160,8 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Numbers]:
     bad = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            numbers = _numbers(json.loads(line))
+            values = json.loads(line)
+            numbers = _numbers(values) | _experts(values)
         except (ValueError, RecursionError):
             bad += 1
             continue
@@ -171,6 +170,23 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Numbers]:
     if bad:
         notes.append(f"{path.parent.name}/metrics.jsonl has {bad} line(s) that are not JSON; they are left out.")
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _experts(values: Any) -> Numbers:
+    """Of a mixture's line: the load of the busiest and of the idlest expert in any layer, and the share dropped in all."""
+    said = values.get("moe") if isinstance(values, dict) else None
+    if not isinstance(said, dict):
+        return {}
+    found = {}
+    for name, summary in (("load_max", max), ("load_min", min), ("dropped", _mean)):
+        layers = said.get(name)
+        if isinstance(layers, list) and layers and all(isinstance(one, int | float) and math.isfinite(one) for one in layers):
+            found[f"experts_{name}"] = float(summary(layers))
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _read_samples(path: Path, notes: list[str]) -> list[dict[str, str]]:

@@ -53,19 +53,32 @@ def main() -> None:
     if directory.is_dir() and any(directory.iterdir()):
         raise InputError(f"{directory} is not empty and holds no sweep; name another --output-dir")
     _check_devices(sweep)
+    if sweep.quality.backbone:
+        from stages.checkpoint import resolve
+
+        resolve(sweep.quality.backbone)
     directory.mkdir(parents=True, exist_ok=True)
     save_sweep(sweep, directory / "sweep.toml")
     _run(sweep, directory)
 
 
 def _check_devices(sweep: SweepRecipe) -> None:
-    """They have known names and answer, before minutes go into a backbone."""
+    """They have known names and answer, before minutes go into a backbone; and so does the runtime that packs for them."""
+    from kernels.runtime import RuntimeLibraryError, library
     from search.devices import DeviceError, open_device
     from search.members import Member
 
+    try:
+        library()
+    except RuntimeLibraryError as error:
+        raise RunError(str(error)) from None
     for name in sweep.device.names:
         try:
-            if not Member(open_device(name)).alive():
+            device = open_device(name)
+            if len(sweep.device.names) > 1 and device.fidelity == "analytic":
+                raise InputError(f"device {name} is a model, named beside others; its numbers and theirs would be taken "
+                                 "for one device's: name it alone")
+            if not Member(device).alive():
                 raise RunError(f"device {name} does not answer; start it, or name another with --device")
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -94,6 +107,7 @@ def _verb(verb: str, argv: list[str]) -> None:
     sweep = from_dict(read_toml(saved), str(saved))
     if verb == "resume":
         changes = {name: value for name in ("trials", "retrain") if (value := getattr(options, name)) is not None}
+        _check_trials(options.directory, options.trials)
         if changes:
             sweep = from_dict({**to_dict(sweep), **changes}, "option")
             save_sweep(sweep, saved)
@@ -116,6 +130,17 @@ def _verb(verb: str, argv: list[str]) -> None:
         if problems:
             raise RunError(f"{len(problems)} differences between the database and the optimizer's state")
         sys.stdout.write("the database and the optimizer's state agree\n")
+
+
+def _check_trials(directory: Path, wanted: int | None) -> None:
+    from launch.sweep_run import DATABASE
+    from search.store import Store
+
+    if wanted is None or not (directory / DATABASE).is_file():
+        return
+    with closing(Store.read(directory / DATABASE)) as store:
+        if wanted < (asked := store.num_trials()):
+            raise InputError(f"--trials {wanted}, but this sweep has {asked} already; give at least so many, or leave it out")
 
 
 def _run(sweep: SweepRecipe, directory: Path) -> None:
@@ -190,6 +215,8 @@ def _export(directory: Path, sweep: SweepRecipe, count: int, output: Path) -> No
 
     if count < 1:
         raise InputError(f"--pick {count}; expected at least 1")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; name a folder for the picks")
     if output.exists() and any(output.iterdir()):
         raise InputError(f"--output {output} is not empty; name another, nothing is overwritten")
     for folder in export_picks(sweep, directory, count, output, _say):

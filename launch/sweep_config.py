@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from launch.config import Recipe, first_problem, plain, read_toml
 from launch.overrides import apply_overrides
+from search.candidate import check_tables
 from search.metrics import Point, metrics_at
 from search.optim.catalog import Kind
 from search.space import Space
@@ -78,6 +79,11 @@ class DeviceConfig:
     """Reboot a phone that does not come back by itself (adb)."""
 
     def __post_init__(self) -> None:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"names={list(self.names)} has a device twice; name each once")
+        for least, most in (("readings", "max_readings"), ("min_repeats", "max_repeats")):
+            if getattr(self, least) > getattr(self, most):
+                raise ValueError(f"{least}={getattr(self, least)} is more than {most}={getattr(self, most)}; lower it")
         if self.processor_time and max(self.threads, *(point.threads for point in self.also), 1) > 1:
             raise ValueError("processor_time says nothing of how long several threads take together; leave it out, or measure "
                              "with 1 thread")  # fmt: skip
@@ -203,7 +209,10 @@ class SweepRecipe:
         """Raises ValueError that names the entry."""
         model = self.recipe.model
         shared = ("vocab_size", "max_positions", "rope_theta", "norm_eps", "init_std", "tie_embeddings", "qk_norm", "window")
+        check_tables(self.space)
         fixed = {name: getattr(model, name) for name in shared} | dict(self.space.get("fixed", {}))
+        if fixed["vocab_size"] != model.vocab_size:
+            raise ValueError(f"space.fixed.vocab_size={fixed['vocab_size']!r}, the backbone has {model.vocab_size}; omit it")
         limits = {"context": self.device.prompt_tokens, "kv_bits": {"f32": 32, "f16": 16, "int8": 8}[self.device.kv]}
         return Space.from_dict({"head_dim": [model.head_dim], **self.space, "fixed": fixed,
                                 "limits": limits | dict(self.space.get("limits", {}))})  # fmt: skip

@@ -52,6 +52,11 @@ class MoEConfig:
         """From what JSON or TOML made of one. Raises TypeError for unknown fields."""
         return cls(**values)
 
+    @property
+    def active_size(self) -> int:
+        """Feed-forward width that takes part in one token: that of a dense model as dear."""
+        return self.top_k * self.expert_size + self.shared_size
+
     def expert_params(self, hidden_size: int) -> int:
         """Weights of one routed expert."""
         return 3 * hidden_size * self.expert_size

@@ -22,7 +22,7 @@ one, or the mean of all."""
 _AT_MOST = ("hidden_size", "ffn_size", "num_heads", "num_kv_heads")
 _EQUAL = {
     "vocab_size": "the tokenizer decides it", "head_dim": "RoPE's angles depend on it", "qk_norm": "it is wiring",
-    "rope_theta": "RoPE's angles depend on it", "norm_eps": "it is wiring",
+    "rope_theta": "RoPE's angles depend on it", "rope_scaling": "RoPE's angles depend on it", "norm_eps": "it is wiring",
 }  # fmt: skip
 
 
@@ -59,6 +59,8 @@ class PruningPlan:
 
 def uncovered(backbone: ModelConfig, target: ModelConfig) -> list[str]:
     """Why `target` cannot be cut out of `backbone`: one phrase a dimension, empty where it can."""
+    if backbone.moe is not None or target.moe is not None:
+        return [f"moe: {'it' if target.moe is not None else 'the backbone'} has experts, and only dense models are cut"]
     problems = [
         f"{name} {getattr(target, name)} is larger than the backbone's {getattr(backbone, name)}"
         for name in _AT_MOST if getattr(target, name) > getattr(backbone, name)

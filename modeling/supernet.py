@@ -37,8 +37,10 @@ class Supernet(nn.Module):
     """Shared weights for every architecture that `largest` covers (`modeling.prune.uncovered`)."""
 
     def __init__(self, largest: ModelConfig, routing: Routing = "plain", experts: int = 2) -> None:
-        """Raises ValueError for fewer than two experts to route between."""
+        """Raises ValueError for fewer than two experts to route between, or for a model with experts of its own."""
         super().__init__()
+        if largest.moe is not None:
+            raise ValueError("the largest model is a mixture of experts; a supernet shares the weights of dense models")
         if routing != "plain" and experts < 2:
             raise ValueError(f"{routing}-wise routing between {experts} experts; expected at least 2, or routing plain")
         self.largest, self.routing = largest, routing

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from search.optim.base import Domain, Flat, Goal
@@ -28,11 +29,46 @@ def factory(
     measure_latency(config): one noisy reading in seconds; repair(config): the config with idle slots cleared. Raises
     ValueError.
     """
-    if missing := {"loss", "ttft"} - set(reference_point):
-        raise ValueError(f"reference_point lacks {sorted(missing)[0]}; expected loss and ttft")
-    choices = {name: list(values) for name, values in space.items()}
+    choices, reference = _choices(space), _reference(reference_point)
+    try:
+        seed = operator.index(seed) % 2**63
+    except TypeError:
+        raise ValueError(f"seed is {seed!r}; expected a whole number") from None
+    for name, function in (("measure_latency", measure_latency), ("repair", repair)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{name} is {function!r}; expected a function of a config, or None")
     tidy = None if repair is None else Tidy(choices, repair)
-    return BenchSearch(Domain(choices=choices, repair=tidy), reference_point, seed % 2**63, measure_latency)
+    return BenchSearch(Domain(choices=choices, repair=tidy), reference, seed, measure_latency)
+
+
+def _choices(space: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    if not isinstance(space, Mapping):
+        raise ValueError(f"space is {space!r}; expected a mapping of names to lists of values")
+    for name, values in space.items():
+        if not isinstance(name, str):
+            raise ValueError(f"space has the name {name!r}; expected text")
+        if isinstance(values, str | Mapping | Set) or not isinstance(values, Iterable):
+            raise ValueError(f"space[{name!r}] is {values!r}; expected a list of its values in order")
+    return {name: list(values) for name, values in space.items()}
+
+
+def _reference(point: Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(point, Mapping):
+        raise ValueError(f'reference_point is {point!r}; expected {{"loss": x, "ttft": y}}')
+    if missing := {"loss", "ttft"} - set(point):
+        raise ValueError(f"reference_point lacks {sorted(missing)[0]}; expected loss and ttft")
+    for name in ("loss", "ttft"):
+        if not math.isfinite(_number(point[name])):
+            raise ValueError(f"reference_point[{name!r}] is {point[name]!r}; expected a number")
+    return {name: float(point[name]) for name in ("loss", "ttft")}
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number."""
+    try:
+        return float("nan") if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
 
 
 class BenchSearch:
@@ -71,8 +107,12 @@ class BenchSearch:
 
     def tell(self, token: int, values: Mapping[str, float] | None) -> None:
         """{"loss", "ttft"}, or None for an evaluation that failed; so did one whose loss or time is no number."""
-        if values is not None and not all(math.isfinite(values.get(name, 0.0)) for name in ("loss", "ttft")):
-            values = None
+        if values is not None and not isinstance(values, Mapping):
+            raise ValueError(f'the answer is {values!r}; expected {{"loss": x, "ttft": y}}, or None for a failure')
+        if values is not None:
+            # Whatever else a benchmark says of an evaluation is its own.
+            values = {name: _number(values[name]) for name in ("loss", "ttft") if name in values}
+            values = values if all(map(math.isfinite, values.values())) else None
         self._search.tell(token, values)
         if values is not None and self._stage is not None:
             self._stage.learn(self._search.trials[token].config, values["ttft"])
@@ -89,6 +129,8 @@ class Tidy:
         changed = dict(flat)
         try:
             result = self._repair(changed)
+            if not isinstance(result, Mapping | None):
+                raise TypeError(f"it gave {result!r}, not a config")
         except Exception as error:  # somebody else's function: the evaluation will say what such a candidate is worth
             if not self._failed:
                 log.warning("repair failed, the candidate is kept as it is: %s: %s", type(error).__name__, error)

@@ -9,8 +9,9 @@ some candidates do not use needs a line in `Space.key`, as idle attention slots 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from modeling.config import AttentionKind, ModelConfig
@@ -55,6 +56,11 @@ class Limits:
     kv_bits: float = 8
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            whole = "bits" not in name
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else int | float)
+                                      or not math.isfinite(value)):  # fmt: skip
+                raise ValueError(f"space.limits.{name}={value!r}; expected a {'whole ' * whole}number")
         for name in ("size_multiple", "context", "group_size", "weight_bits", "kv_bits"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"space.limits.{name}={getattr(self, name)} must be above 0")
@@ -132,3 +138,10 @@ def check_kinds(kinds: tuple[str, ...]) -> None:
         raise ValueError(f"space.attention holds {wrong[0]!r}; expected some of {', '.join(KINDS)}")
     if len(set(kinds)) != len(kinds):
         raise ValueError(f"space.attention={list(kinds)} names a kind twice")
+
+
+def check_tables(plain: Mapping[str, Any]) -> None:
+    """Raises ValueError where a part of a space that has entries of its own is none."""
+    for name in ("fixed", "limits"):
+        if not isinstance(plain.get(name, {}), Mapping):
+            raise ValueError(f"space.{name}={plain[name]!r} is no table; write [space.{name}] and its entries below")

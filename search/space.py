@@ -13,7 +13,17 @@ from functools import cached_property
 from typing import Any
 
 from modeling.config import AttentionKind, ModelConfig
-from search.candidate import DEFAULTS, KINDS, NUMBERS, Candidate, Limits, check_choices, check_kinds, single_changes
+from search.candidate import (
+    DEFAULTS,
+    KINDS,
+    NUMBERS,
+    Candidate,
+    Limits,
+    check_choices,
+    check_kinds,
+    check_tables,
+    single_changes,
+)
 from search.counting import Counting
 
 __all__ = ["KINDS", "NUMBERS", "SLOT", "Candidate", "Limits", "Space"]
@@ -179,6 +189,7 @@ class Space:
         known = {*NUMBERS, "attention", "fixed", "limits"}
         if unknown := sorted(set(plain) - known):
             raise ValueError(f"space.{unknown[0]}: no such dimension; expected some of {', '.join(sorted(known))}")
+        check_tables(plain)
         choices = {name: plain[name] if name in plain else [DEFAULTS[name]] for name in NUMBERS
                    if name in plain or name in DEFAULTS}  # fmt: skip
         for name, values in [*choices.items(), ("attention", plain.get("attention", KINDS))]:

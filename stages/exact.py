@@ -20,7 +20,8 @@ from modeling.config import ModelConfig
 from modeling.decoder import Decoder
 from modeling.feed_forward import FeedForward
 from modeling.layers import RMSNorm, rotate
-from quant.apply import FakeQuantLinear, convert_weight, quantized_weights
+from modeling.moe import MoE, RoutingRecord
+from quant.apply import FakeQuantExperts, FakeQuantLinear, convert_weight, quantized_weights
 from quant.spec import QuantSpec
 
 
@@ -65,9 +66,47 @@ class ExactAttention(Attention):
         return self.o(torch.stack(out).reshape(batch, length, -1))
 
 
+class ExactExperts(FakeQuantExperts):
+    """Frozen experts as packed matrices."""
+
+    gate_up_panels: list[Tensor]
+    down_panels: list[Tensor]
+
+    def expert(self, index: int, rows: Tensor) -> Tensor:
+        """Rows [n, D] through one of them."""
+        gate, up = ops.linear_int4(rows, self.gate_up_panels[index], self.gate_up.shape[2]).chunk(2, -1)
+        return ops.linear_int4(ops.swiglu(gate, up), self.down_panels[index], self.down.shape[2])
+
+
+class ExactMoE(MoE):
+    """The runtime's fused operator, an expert after the other: chosen experts are added in the order of their numbers."""
+
+    def forward(self, x: Tensor, record: RoutingRecord | None = None) -> Tensor:
+        if record is not None:
+            return super().forward(x, record)
+        rows, rule = x.reshape(-1, x.shape[-1]), self.moe
+        chosen, weights = ops.route(
+            ops.router_logits(rows, self.router.weight), self.router.bias, rule.top_k, softmax=rule.score == "softmax",
+            normalize=rule.normalize, scale=rule.route_scale,
+        )  # fmt: skip
+        experts, results = cast(ExactExperts, self.experts), rows.new_zeros(*chosen.shape, rows.shape[1])
+        for index in chosen.unique().tolist():
+            token, rank = torch.where(chosen == index)
+            results[token, rank] = experts.expert(index, rows[token])
+        return ops.mix(None if self.shared is None else self.shared(rows), results, weights).view_as(x)
+
+
+def _panels(codes: Tensor, scales: Tensor) -> Tensor:
+    return torch.from_numpy(pack_int4(codes.numpy(), scales.numpy()))
+
+
 def suits(config: ModelConfig, spec: QuantSpec) -> bool:
     """Whether the runtime has operations for such a model, and this machine the runtime."""
-    sizes = (config.hidden_size, config.ffn_size, config.head_dim)
+    sizes = [config.hidden_size, config.ffn_size, config.head_dim]
+    if config.moe is not None:
+        sizes += [config.moe.expert_size, config.moe.shared_size]
+        if spec.expert_axis != "input":
+            return False
     if spec.weight_bits != 4 or spec.group_size != GROUP or spec.activation_bits != 8 or any(size % GROUP for size in sizes):
         return False
     try:
@@ -81,13 +120,17 @@ def suits(config: ModelConfig, spec: QuantSpec) -> bool:
 def use_runtime_arithmetic(model: Decoder) -> None:
     """Change a model prepared for QAT, in place and for good; call it before `quant.apply.freeze`, which forgets scales."""
     for name in quantized_weights(model):
-        module = model.get_submodule(name.removesuffix(".weight"))
+        owner, _, weight = name.rpartition(".")
+        module = model.get_submodule(owner)
         if isinstance(module, FakeQuantLinear):
-            codes, scales = convert_weight(model, name)
             module.__class__ = ExactLinear
-            cast(ExactLinear, module).panels = torch.from_numpy(pack_int4(codes.numpy(), scales.numpy()))
+            cast(ExactLinear, module).panels = _panels(*convert_weight(model, name))
+        elif isinstance(module, FakeQuantExperts | ExactExperts):
+            module.__class__ = ExactExperts
+            of_each = zip(*convert_weight(model, name), strict=True)
+            setattr(module, f"{weight}_panels", [_panels(codes, scales) for codes, scales in of_each])
     swaps: dict[type[nn.Module], type[nn.Module]] = {
-        RMSNorm: ExactRMSNorm, FeedForward: ExactFeedForward, Attention: ExactAttention,
+        RMSNorm: ExactRMSNorm, FeedForward: ExactFeedForward, Attention: ExactAttention, MoE: ExactMoE,
     }  # fmt: skip
     for part in model.modules():
         if type(part) in swaps:

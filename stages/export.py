@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import torch
 from data_pipeline.chat import LLAMA3_TEMPLATE, layout_name
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import Tokenizer
-from modeling.hf_convert import Layout, save_hf
+from modeling.decoder import Decoder
+from modeling.hf_convert import Integers, Layout, save_hf
+from quant.apply import convert, prepare
+from quant.primitives import QuantError
+from quant.spec import QuantSpec
 from stages.export_source import check_free
 from stages.loading import LoadedModel, load_model
 
@@ -38,15 +43,16 @@ def export_hf(checkpoint: str | Path, output: str | Path, layout: Layout | None 
     """Write config.json, model.safetensors, tokenizer files and lineage.json, all or nothing.
 
     Weights of a QAT checkpoint are written on their integer grid (in fp32), so that any fp32 runtime sees what training
-    saw; that activations are rounded too is recorded in lineage.json and lost on transformers.
+    saw; that activations are rounded too is recorded in lineage.json and lost on transformers. The layout mobilemoe-int4
+    holds the integers themselves.
 
     Raises:
-        InputError: `output` exists. CheckpointError: the checkpoint is damaged. ConversionError: the layout cannot
-            hold the model.
+        InputError: `output` exists. CheckpointError: the checkpoint is damaged. ConversionError, QuantError: the layout
+            cannot hold the model.
     """
     output = Path(output)
     check_free(output)
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, latent=layout == "mobilemoe-int4")
     output.parent.mkdir(parents=True, exist_ok=True)
 
     def add_rest(folder: Path, config: dict[str, Any]) -> None:
@@ -56,8 +62,32 @@ def export_hf(checkpoint: str | Path, output: str | Path, layout: Layout | None 
         write_tokenizer(folder, loaded.tokenizer, loaded.context)
         _write(folder / "lineage.json", _lineage(loaded))
 
-    with torch.no_grad():
-        save_hf(output, loaded.model.config, loaded.model.state_dict(), layout=layout, extra=add_rest)
+    write_hf_model(loaded.model, output, layout, loaded.quant, add_rest)
+
+
+@torch.no_grad()
+def write_hf_model(
+    model: Decoder, output: Path, layout: Layout | None = None, quant: QuantSpec | None = None,
+    extra: Callable[[Path, dict[str, Any]], None] | None = None,
+) -> None:  # fmt: skip
+    """The folder of a model in memory, with what `extra` adds. For the layout mobilemoe-int4 give the latent weights, and
+    how training rounded them; that layout prepares a model that no QAT trained, in place."""
+    wanted = layout == "mobilemoe-int4" and model.config.moe is not None
+    integers = int4_integers(model, quant) if wanted else None
+    save_hf(output, model.config, model.state_dict(), layout=layout, integers=integers, extra=extra)
+
+
+def int4_integers(model: Decoder, quant: QuantSpec | None) -> Integers:
+    """Codes and scales of the layout mobilemoe-int4: training's, or of a model that no QAT trained those rounded to nearest.
+
+    Raises:
+        QuantError: training rounded to another grid than that layout's, or a row that groups of 32 do not fill.
+    """
+    spec = quant or QuantSpec(expert_axis="output")
+    if (spec.weight_bits, spec.group_size, spec.embedding, spec.expert_axis) != (4, 32, True, "output"):
+        raise QuantError("the mobilemoe-int4 layout is INT4 in groups of 32, embedding too, experts in groups along their "
+                         f"output (quant.expert_axis=output); the model was trained with {spec}")
+    return convert(prepare(model, spec))
 
 
 def _lineage(loaded: LoadedModel) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from kernels.packed_file import PackedTensor, blob, f32, int4, int8, write_packed
@@ -30,6 +31,8 @@ EmbeddingEncoding = Literal["int4", "int8"]
 MOST = {"vocab_size": 2**24, "hidden_size": 2**18, "num_layers": 4096, "block_repeat": 16, "num_heads": 4096, "head_dim": 512,
         "ffn_size": 2**19, "max_positions": 2**24, "window": 2**24}  # fmt: skip
 """What `kernels/cpu/src/model.cpp` takes: from a stranger's file, larger sizes are an attack."""
+MOST_OF_EXPERTS = {"num_experts": 4096, "top_k": 64, "expert_size": 2**19, "shared_size": 2**19}
+"""The same of `model_moe.cpp`."""
 
 
 class NotPackable(InputError):
@@ -81,12 +84,21 @@ def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
     if spec.activation_bits != 8:
         raise NotPackable("the model was trained with activations at 16 bits; the runtime rounds them to 8, train with "
                           "qat.quant.activation_bits=8")
-    for name, value in (("hidden_size", config.hidden_size), ("ffn_size", config.ffn_size), ("head_dim", config.head_dim)):
+    sizes = {"hidden_size": config.hidden_size, "ffn_size": config.ffn_size, "head_dim": config.head_dim}
+    if config.moe is not None:
+        sizes |= {"moe.expert_size": config.moe.expert_size, "moe.shared_size": config.moe.shared_size}
+        if spec.expert_axis != "input":
+            raise NotPackable("the experts are quantized in groups along their outputs; a packed file holds groups along the "
+                              "inputs, train with qat.quant.expert_axis=input")
+    for name, value in sizes.items():
         if value % GROUP:
             raise NotPackable(f"model.{name}={value} is not a multiple of {GROUP}, which the packed layout needs")
-    for name, most in MOST.items():
-        if getattr(config, name) > most:
-            raise NotPackable(f"model.{name}={getattr(config, name)}; the runtime goes up to {most}")
+    limits = {name: (getattr(config, name), most) for name, most in MOST.items()}
+    if config.moe is not None:
+        limits |= {f"moe.{name}": (getattr(config.moe, name), most) for name, most in MOST_OF_EXPERTS.items()}
+    for name, (value, most) in limits.items():
+        if value > most:
+            raise NotPackable(f"model.{name}={value}; the runtime goes up to {most}")
     if config.query_size > 2**19:
         raise NotPackable(f"model.num_heads={config.num_heads} of {config.head_dim}; the runtime goes up to {2**19} in all")
     if not 0 < np.float32(config.norm_eps) < 1:
@@ -118,15 +130,36 @@ def _tensors(
             yield partial(_matrix, model, f"{name}.attention.qkv", [f"{name}.attention.{part}.weight" for part in "qkv"])
             yield partial(_matrix, model, f"{name}.attention.out", [f"{name}.attention.o.weight"])
         yield partial(_vector, model, f"{name}.feed_forward_norm")
-        gate_up = [f"{name}.feed_forward.{part}.weight" for part in ("gate", "up")]
-        yield partial(_matrix, model, f"{name}.feed_forward.gate_up", gate_up)
-        yield partial(_matrix, model, f"{name}.feed_forward.down", [f"{name}.feed_forward.down.weight"])
+        yield from _feed_forward(model, index)
     yield partial(_vector, model, "norm")
     config = model.config  # the runtime needs no power function of its own
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     yield lambda: f32("rope.inverse_frequencies", frequencies.numpy())
     if tokenizer is not None:
         yield lambda: blob("tokenizer.json", tokenizer.to_json().encode())
+
+
+def _feed_forward(model: Decoder, index: int) -> Iterator[Callable[[], PackedTensor]]:
+    """A block's feed-forward, or its router, each expert's two matrices side by side, and its shared expert."""
+    name = f"blocks.{index}.feed_forward"
+    moe = model.config.moe_at(index)
+    dense = name if moe is None else f"{name}.shared"
+    if moe is not None:
+        for part, stored in (("router.weight", "router"), ("router.bias", "router_bias")):
+            values = model.state_dict()[f"{name}.{part}"].float().cpu().numpy()
+            yield partial(f32, f"{name}.{stored}", values)
+        integers = cache(partial(convert_weight, model))  # of one layer at a time
+        for expert in range(moe.num_experts):
+            for part in ("gate_up", "down"):
+                yield partial(_expert, integers, f"{name}.experts.{part}", expert, f"blocks.{index}.experts.{expert}.{part}")
+    if moe is None or moe.shared_size:
+        yield partial(_matrix, model, f"{name}.gate_up", [f"{dense}.{part}.weight" for part in ("gate", "up")])
+        yield partial(_matrix, model, f"{name}.down", [f"{dense}.down.weight"])
+
+
+def _expert(integers: Callable[[str], tuple[Tensor, Tensor]], weight: str, expert: int, name: str) -> PackedTensor:
+    codes, scales = (part[expert].cpu().numpy() for part in integers(weight))
+    return int4(name, codes, _per_group(scales, codes.shape[1]))
 
 
 def _vector(model: Decoder, name: str) -> PackedTensor:

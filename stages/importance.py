@@ -75,8 +75,10 @@ def calibrate(
             pass a block and batch. 0 leaves `loss` layer scores out.
         seed: of the `random` variant.
 
-    Raises ValueError where no token counts, or where the backbone's own loss is not finite.
+    Raises ValueError for a mixture of experts, where no token counts, or where the backbone's own loss is not finite.
     """
+    if model.config.moe is not None:
+        raise ValueError("the model has experts; importance is measured, and cut by, in dense models only")
     process = Process() if process is None else process
     device = model.embed.weight.device
     watched, total = Activations(model), torch.zeros((), dtype=torch.float64, device=device)

@@ -121,9 +121,7 @@ def load_scores(path: str | Path) -> tuple[Scores, dict[str, Any]]:
     path = Path(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        model = dict(document["model"])
-        model |= {name: tuple(model[name]) for name in ("attention", "output_tokens")}
-        config, entry = ModelConfig(**model), document["tensors"]
+        config, entry = ModelConfig.from_plain(document["model"]), document["tensors"]
         file = path.with_name(Path(entry["file"]).name)
         loss, tokens = float(document["loss"]), int(document["tokens"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -28,7 +28,10 @@ def write_pocket(config: ModelConfig, path: Path) -> None:
         scales = np.full((rows, k // 32), 0.02, np.float16)
         return int4(name, codes, scales)
 
-    h, q, kv, f = config.hidden_size, config.query_size, config.kv_size, config.ffn_size
+    def feed_forward(prefix: str, width: int) -> list[partial[PackedTensor]]:
+        return [partial(matrix, f"{prefix}.gate_up", 2 * width, h), partial(matrix, f"{prefix}.down", h, width)]
+
+    h, q, kv = config.hidden_size, config.query_size, config.kv_size
     tensors = [partial(matrix, "embed", config.vocab_size, h)]
     if not config.tie_embeddings:
         tensors.append(partial(matrix, "head", config.vocab_size, h))
@@ -39,8 +42,18 @@ def write_pocket(config: ModelConfig, path: Path) -> None:
             tensors.append(partial(matrix, f"blocks.{i}.attention.qkv", q + 2 * kv, h))
             tensors.append(partial(matrix, f"blocks.{i}.attention.out", h, q))
         tensors.append(partial(f32, f"blocks.{i}.feed_forward_norm", ones))
-        tensors.append(partial(matrix, f"blocks.{i}.feed_forward.gate_up", 2 * f, h))
-        tensors.append(partial(matrix, f"blocks.{i}.feed_forward.down", h, f))
+        moe = config.moe_at(i)
+        if moe is None:
+            tensors += feed_forward(f"blocks.{i}.feed_forward", config.ffn_size)
+            continue
+        # Logits of spread 1: every expert is somebody's.
+        router = draw.normal(0, h**-0.5, (moe.num_experts, h)).astype(np.float32)
+        tensors.append(partial(f32, f"blocks.{i}.feed_forward.router", router))
+        tensors.append(partial(f32, f"blocks.{i}.feed_forward.router_bias", np.zeros(moe.num_experts, np.float32)))
+        if moe.shared_size:
+            tensors += feed_forward(f"blocks.{i}.feed_forward", moe.shared_size)
+        for e in range(moe.num_experts):
+            tensors += feed_forward(f"blocks.{i}.experts.{e}", moe.expert_size)
     tensors.append(partial(f32, "norm", ones))
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     tensors.append(partial(f32, "rope.inverse_frequencies", frequencies.numpy()))

@@ -116,9 +116,7 @@ def load_supernet(folder: str | Path) -> tuple[Supernet, Tokenizer, int]:
     folder = Path(folder)
     try:
         document = json.loads((folder / "supernet.json").read_text(encoding="utf-8"))
-        largest: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
-                                   for key, value in document["largest"].items()}  # fmt: skip
-        supernet = Supernet(ModelConfig(**largest), document["routing"], document["experts"])
+        supernet = Supernet(ModelConfig.from_plain(document["largest"]), document["routing"], document["experts"])
         files, tokens = dict(document["files"]), int(document["tokens"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'supernet.json'} is missing or damaged ({error}); expected a saved "

@@ -25,6 +25,8 @@ NOT_AT_LOAD = {
     folder: {"ray", "datasets", "transformers", "lm_eval", "wandb", "torchtitan", "torchao"}
     for folder in ("modeling", "data_pipeline", "stages", "quant", "kernels", "search")
 }
+REMOTE = ROOT / "modeling" / "hf_mobilemoe_remote"
+"""Code for `transformers` that an export copies beside its weights; nothing of ours imports it."""
 HEAVY_FOR_THE_DRIVER = {"torch", "ray", "transformers", "wandb", "datasets", "matplotlib"}
 
 
@@ -64,6 +66,13 @@ def test_a_folder_imports_only_what_it_may(folder: str) -> None:
     assert not wrong
 
 
+def test_code_that_goes_with_an_export_needs_nothing_of_ours_and_nobody_imports_it() -> None:
+    assert {name.partition(".")[0] for path in REMOTE.glob("*.py") for _, name in imports(path)} == {
+        "__future__", "math", "typing", "torch", "transformers",
+    }  # fmt: skip
+    assert not [path for folder in OURS for path in modules(folder) for _, name in imports(path) if REMOTE.name in name]
+
+
 def test_quant_takes_only_layer_types_from_modeling() -> None:
     wrong = [
         f"{path.name}:{line} {name}"
@@ -86,7 +95,7 @@ def test_a_folder_loads_without_what_a_machine_may_lack(folder: str) -> None:
         f"{path.relative_to(ROOT)}:{line} imports {name} at load"
         for path in modules(folder)
         for line, name in imports(path, at_load_only=True)
-        if name.partition(".")[0] in NOT_AT_LOAD[folder] and path.name != "lm_eval_adapter.py"
+        if name.partition(".")[0] in NOT_AT_LOAD[folder] and path.name != "lm_eval_adapter.py" and path.parent != REMOTE
     ]
     assert not wrong
 

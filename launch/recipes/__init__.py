@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from launch.config import Recipe
-from launch.recipes import guard, mobilellm, mobilellm_flash, mobilellm_pro, mobilellm_r1, quickstart, scaling
+from launch.recipes import guard, mobilellm, mobilellm_flash, mobilellm_pro, mobilellm_r1, mobilemoe, quickstart, scaling
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "quickstart": quickstart.quickstart,
@@ -14,6 +14,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     **mobilellm_r1.RECIPES,
     **mobilellm_pro.RECIPES,
     **mobilellm_flash.RECIPES,
+    **mobilemoe.RECIPES,
     **guard.RECIPES,
     **scaling.RECIPES,
 }

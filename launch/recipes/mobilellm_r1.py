@@ -9,18 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from data_pipeline.config import DataConfig, HeldOutConfig, SourceConfig, TokenizerConfig
 from launch.config import EvaluationConfig, LaunchConfig, Recipe
-from launch.recipes.common import COMMONSENSE, int4_qat
+from launch.recipes.common import COMMONSENSE, hf_source, int4_qat
 from modeling.families import FAMILIES
 from stages.config import CheckpointConfig, DistillConfig, OptimConfig, ParallelConfig, StageConfig, TrainConfig
-
-
-def _hf(name: str, path: str, subset: str = "", *, license: str = "", gated: bool = False, **more: Any) -> SourceConfig:
-    return SourceConfig(name=name, path=path, subset=subset, format="hf", license=license, gated=gated, **more)
-
 
 _NEMOTRON = "nvidia/Llama-Nemotron-Post-Training-Dataset"
 _DOLMINO = "allenai/dolmino-mix-1124"
@@ -28,34 +22,35 @@ _NEMOTRON_TEMPLATE = "{input}\n{output}"
 
 # source, phase 1 %, phase 2 %
 PRETRAIN = (
-    (_hf("fineweb_edu", "HuggingFaceFW/fineweb-edu", license="ODC-BY"), 63.75, 54.83),
-    (_hf("starcoder", "bigcode/starcoderdata", text_field="content", gated=True), 10.66, 0.52),
-    (_hf("open_web_math", "open-web-math/open-web-math", license="ODC-BY 1.0"), 6.93, 23.33),
-    (_hf("arxiv", "togethercomputer/RedPajama-Data-1T", "arxiv"), 6.36, 1.32),
-    (_hf("wikipedia", _DOLMINO, "wiki", license="ODC-BY"), 5.03, 0.14),
-    (_hf("stackexchange", "togethercomputer/RedPajama-Data-1T", "stackexchange"), 5.03, 0.86),
-    (_hf("algebraic_stack", "EleutherAI/proof-pile-2", "algebraic-stack"), 2.25, 1.26),
-    (_hf("finemath", "HuggingFaceTB/finemath", "finemath-3plus", license="ODC-BY"), 0.0, 8.01),
-    (_hf("natural_reasoning", "facebook/natural_reasoning", license="CC BY-NC 4.0",
+    (hf_source("fineweb_edu", "HuggingFaceFW/fineweb-edu", license="ODC-BY"), 63.75, 54.83),
+    (hf_source("starcoder", "bigcode/starcoderdata", text_field="content", gated=True), 10.66, 0.52),
+    (hf_source("open_web_math", "open-web-math/open-web-math", license="ODC-BY 1.0"), 6.93, 23.33),
+    (hf_source("arxiv", "togethercomputer/RedPajama-Data-1T", "arxiv"), 6.36, 1.32),
+    (hf_source("wikipedia", _DOLMINO, "wiki", license="ODC-BY"), 5.03, 0.14),
+    (hf_source("stackexchange", "togethercomputer/RedPajama-Data-1T", "stackexchange"), 5.03, 0.86),
+    (hf_source("algebraic_stack", "EleutherAI/proof-pile-2", "algebraic-stack"), 2.25, 1.26),
+    (hf_source("finemath", "HuggingFaceTB/finemath", "finemath-3plus", license="ODC-BY"), 0.0, 8.01),
+    (hf_source("natural_reasoning", "facebook/natural_reasoning", license="CC BY-NC 4.0",
          template="{question}\n{reference_answer}"), 0.0, 3.18),
-    (_hf("nemotron_math", _NEMOTRON, "SFT", split="math", template=_NEMOTRON_TEMPLATE, license="CC BY 4.0"), 0.0, 3.01),
-    (_hf("cosmopedia", "HuggingFaceTB/cosmopedia", "web_samples_v2", license="Apache-2.0"), 0.0, 2.70),
-    (_hf("nemotron_code", _NEMOTRON, "SFT", split="code", template=_NEMOTRON_TEMPLATE, license="CC BY 4.0"), 0.0, 0.72),
-    (_hf("pes2o", "allenai/peS2o", "v2", license="ODC-BY"), 0.0, 0.08),
-    (_hf("nemotron_science", _NEMOTRON, "SFT", split="science", template=_NEMOTRON_TEMPLATE, license="CC BY 4.0"), 0.0, 0.03),
+    (hf_source("nemotron_math", _NEMOTRON, "SFT", split="math", template=_NEMOTRON_TEMPLATE, license="CC BY 4.0"), 0.0, 3.01),
+    (hf_source("cosmopedia", "HuggingFaceTB/cosmopedia", "web_samples_v2", license="Apache-2.0"), 0.0, 2.70),
+    (hf_source("nemotron_code", _NEMOTRON, "SFT", split="code", template=_NEMOTRON_TEMPLATE, license="CC BY 4.0"), 0.0, 0.72),
+    (hf_source("pes2o", "allenai/peS2o", "v2", license="ODC-BY"), 0.0, 0.08),
+    (hf_source("nemotron_science", _NEMOTRON, "SFT", split="science", template=_NEMOTRON_TEMPLATE,
+               license="CC BY 4.0"), 0.0, 0.03),
 )  # fmt: skip
 MIDTRAIN = (
-    (_hf("dclm", _DOLMINO, "dclm", license="ODC-BY"), 37.03, 6.51),
-    (_hf("flan", _DOLMINO, "flan", license="ODC-BY"), 4.10, 0.72),
-    (_hf("pes2o_mid", _DOLMINO, "pes2o", license="ODC-BY"), 11.41, 2.01),
-    (_hf("wiki_mid", _DOLMINO, "wiki", license="ODC-BY"), 2.66, 0.47),
-    (_hf("stackexchange_mid", _DOLMINO, "stackexchange", license="ODC-BY"), 2.12, 2.00),
-    (_hf("math_mid", _DOLMINO, "math", license="ODC-BY"), 11.63, 29.10),
-    (_hf("nemotron_pretraining_code", "nvidia/Nemotron-Pretraining-Code-v1", gated=True), 20.69, 29.10),
-    (_hf("nemotron_cc_math", "nvidia/Nemotron-CC-Math-v1", "4plus"), 3.45, 19.40),
-    (_hf("starcoder_mid", "bigcode/starcoderdata", text_field="content", gated=True), 6.90, 9.70),
+    (hf_source("dclm", _DOLMINO, "dclm", license="ODC-BY"), 37.03, 6.51),
+    (hf_source("flan", _DOLMINO, "flan", license="ODC-BY"), 4.10, 0.72),
+    (hf_source("pes2o_mid", _DOLMINO, "pes2o", license="ODC-BY"), 11.41, 2.01),
+    (hf_source("wiki_mid", _DOLMINO, "wiki", license="ODC-BY"), 2.66, 0.47),
+    (hf_source("stackexchange_mid", _DOLMINO, "stackexchange", license="ODC-BY"), 2.12, 2.00),
+    (hf_source("math_mid", _DOLMINO, "math", license="ODC-BY"), 11.63, 29.10),
+    (hf_source("nemotron_pretraining_code", "nvidia/Nemotron-Pretraining-Code-v1", gated=True), 20.69, 29.10),
+    (hf_source("nemotron_cc_math", "nvidia/Nemotron-CC-Math-v1", "4plus"), 3.45, 19.40),
+    (hf_source("starcoder_mid", "bigcode/starcoderdata", text_field="content", gated=True), 6.90, 9.70),
 )  # fmt: skip
-TULU = _hf("tulu3", "allenai/tulu-3-sft-olmo-2-mixture-0225", license="ODC-BY over subsets")
+TULU = hf_source("tulu3", "allenai/tulu-3-sft-olmo-2-mixture-0225", license="ODC-BY over subsets")
 
 
 def mixture(table: tuple[tuple[SourceConfig, float, float], ...], phase: int) -> tuple[SourceConfig, ...]:

@@ -144,8 +144,8 @@ class Book:
     # --- the protocol ---
 
     def ask(self, n: int) -> list[tuple[int, Flat]]:
-        if n < 1:
-            raise ValueError(f"ask({n}); expected at least 1")
+        if not isinstance(n, int | np.integer) or n < 1:
+            raise ValueError(f"ask({n!r}); expected a whole number of at least 1")
         draw = np.random.default_rng([self.seed, self.rounds])
         self.rounds += 1
         chosen: dict[str, Flat] = {}
@@ -164,7 +164,7 @@ class Book:
         return [(trial.token, dict(trial.config)) for trial in trials]
 
     def tell(self, token: int, values: Values | None, noise: Values | None = None) -> None:
-        if not (isinstance(token, int) and 0 <= token < len(self.trials)):
+        if not (isinstance(token, int | np.integer) and 0 <= token < len(self.trials)):
             raise ValueError(f"token {token!r} was never given out; tell tokens that ask() or attach() returned")
         trial = self.trials[token]
         corrects = trial.status == "ok" and values is not None

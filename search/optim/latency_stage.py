@@ -7,7 +7,6 @@ taken and is not learned.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from search.optim.base import Flat
 from search.optim.encode import Codes, Encoder, Table
 from search.optim.pool import Pool, unique
 from search.optim.surrogate import Scaler
-from search.optim.work import WorkModel
+from search.optim.work import WorkModel, are_times
 
 Array = NDArray[np.float64]
 log = logging.getLogger(__name__)
@@ -43,6 +42,7 @@ class LatencyStage:
         self._model: WorkModel | None = None
         self._scaler: Scaler | None = None
         self._stale, self._fitted_at, self._owed = True, 0, 0.0
+        self._failed = False
         self.taken = 0
         """Readings so far, failed ones too."""
 
@@ -91,7 +91,7 @@ class LatencyStage:
             value = float(seconds)
         except (TypeError, ValueError):
             return
-        if math.isfinite(value) and value > 0:
+        if are_times(np.array([value])):
             self._configs.append(config)
             self._values.append(value)
             self._stale = True
@@ -112,7 +112,10 @@ class LatencyStage:
         try:
             seconds = self._measure(dict(config))
         except Exception as error:  # somebody else's function: one reading less, not the end of the search
-            log.warning("latency reading %d failed: %s: %s", self.taken, type(error).__name__, error)
+            # Said once: a function that never works would fill the terminal.
+            log.log(logging.DEBUG if self._failed else logging.WARNING, "latency reading %d failed: %s: %s", self.taken,
+                    type(error).__name__, error)  # fmt: skip
+            self._failed = True
             return
         self.learn(config, seconds)
 

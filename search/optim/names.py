@@ -21,6 +21,8 @@ Decode = Callable[[NDArray[np.int64]], Flat]
 Idle = tuple[int, NDArray[np.bool_]]
 """(column of the size that decides, [its values, slots] active)."""
 MOST_KINDS = 8
+LARGEST = 1e100
+"""Products of three such numbers are still finite."""
 LARGEST_RATIO = 16
 """An FFN width up to here is a multiple of the hidden width."""
 ROLES = {"kv": r"kv", "ffn": r"ffn|ff|mlp|inter", "repeat": r"repeat", "layers": r"layer|depth|block|^n?_?l$",
@@ -117,4 +119,7 @@ def find_roles(domain: Domain, numeric: Sequence[int], layers: int | None) -> di
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    """One that can be computed with: products of NaN, infinities and the like are none, so a name that has them is of kinds."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(-LARGEST < value < LARGEST)

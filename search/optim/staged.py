@@ -24,6 +24,7 @@ from search.optim.metrics import Modelled, Time
 from search.optim.pool import Pool, unique
 from search.optim.probes import choose_probes
 from search.optim.surrogate import Scaler, Surrogate
+from search.optim.work import are_times
 
 Array = NDArray[np.float64]
 FEWEST = 4
@@ -142,7 +143,7 @@ class Staged(Book):
         for name in sorted(learned, key=lambda name: name not in self.times):
             start = self._started.get(name, {})
             values = np.array([trial.values[name] for trial in done if trial.values is not None])
-            if name in self.times and (values > 0).all():
+            if name in self.times and are_times(values):
                 models[name] = Time(self._standard(), self.encoder.table(codes), values, start)
                 self._sizes.append(partial(self._log_time, models[name]))
             else:

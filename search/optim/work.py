@@ -17,6 +17,8 @@ from search.optim.surrogate import Scaler, Surrogate
 
 Array = NDArray[np.float64]
 ROUNDS = 3
+SHORTEST, LONGEST = 1e-100, 1e100
+"""Squares of times and of their inverses must be finite."""
 
 
 class WorkModel:
@@ -55,13 +57,24 @@ class WorkModel:
         return work + table.levels @ self._levels
 
 
+def are_times(values: Array) -> bool:
+    """Whether a model can be made of them."""
+    return bool(((values > SHORTEST) & (values < LONGEST)).all())
+
+
 def _robust_ridge(columns: Array, targets: Array) -> Array:
     """Weights of least squares with a small ridge, outliers taken back to where Huber's loss puts them."""
+    # Solved by rows where there are fewer: a size may have a thousand values, and at most some hundreds were read.
+    wide = columns.shape[1] > len(columns)
     found: Array = np.zeros(columns.shape[1])
     clipped = targets - np.median(targets)
     for _ in range(5):
-        gram = columns.T @ columns + np.eye(columns.shape[1])
-        found = np.asarray(np.linalg.solve(gram, columns.T @ clipped), dtype=np.float64)
+        if wide:
+            gram = columns @ columns.T + np.eye(len(columns))
+            found = columns.T @ np.asarray(np.linalg.solve(gram, clipped), dtype=np.float64)
+        else:
+            gram = columns.T @ columns + np.eye(columns.shape[1])
+            found = np.asarray(np.linalg.solve(gram, columns.T @ clipped), dtype=np.float64)
         residual = targets - np.median(targets) - columns @ found
         bound = 2 * robust_spread(residual)
         clipped = columns @ found + np.clip(residual, -bound, bound)

@@ -7,45 +7,16 @@ With the order fixed as `kernels/cpu/src/float_ops.h` fixes it, nothing tips, an
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.decoder import Decoder
+from modeling.moe_config import MoEConfig
 from quant.apply import convert
 from quant.primitives import quantize_activations
-
-LANES = 16
-
-
-def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
-    """a b + c rounded once: a product of two floats is exact in double precision."""
-    a = a.double() if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float32).double()
-    return (a * b.double() + c.double()).float()
-
-
-def tree_sum(lanes: Tensor) -> Tensor:
-    """Sum over the last dimension of 16 lanes: halves are added until one is left."""
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes
-
-
-def square_root(x: Tensor) -> Tensor:
-    """Rounded to nearest, which torch's own is not where MKL computes it."""
-    return torch.as_tensor(np.sqrt(x.numpy()))
-
-
-def exponential(x: Tensor) -> Tensor:
-    x = x.clamp(-87.0, 88.0)
-    n = (x * torch.tensor(1.44269504)).round()
-    r = fma(2.12194440e-4, n, fma(-0.693359375, n, x))
-    p = torch.full_like(x, 1 / 5040)
-    for factorial in (720, 120, 24, 6, 2, 1, 1):
-        p = fma(p, r, torch.full_like(x, 1 / factorial))
-    return torch.ldexp(p, n)
+from tests.helpers import exact_routing
+from tests.helpers.exact_floats import LANES, exponential, fma, square_root, tree_sum
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -54,6 +25,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         acc = fma(part, part, acc)
     scale = 1.0 / square_root(tree_sum(acc) / float(x.shape[-1]) + torch.tensor(eps, dtype=torch.float32))
     return x * scale if weight is None else x * scale * weight
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate / (1.0 + exponential(-gate)) * up
+
+
+def product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """[T, rows] of x [T, K] rounded to INT8 a row, with codes [rows, K] and scales [rows, K / 32]."""
+    x_codes, x_scales = quantize_activations(x)
+    total = torch.zeros(len(x), len(codes))
+    for g, (a, w) in enumerate(zip(x_codes.float().split(32, 1), codes.split(32, 1), strict=True)):
+        total = fma(a @ w.T, scales[:, g], total)  # the product's sums are integers below 2^24: exact in any order
+    return total * x_scales
 
 
 class ExactModel:
@@ -65,12 +49,7 @@ class ExactModel:
                       for name, (codes, scales) in convert(model).items()}
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        codes, scales = self.codes[name]
-        x_codes, x_scales = quantize_activations(x)
-        total = torch.zeros(len(x), len(codes))
-        for g, (a, w) in enumerate(zip(x_codes.float().split(32, 1), codes.split(32, 1), strict=True)):
-            total = fma(a @ w.T, scales[:, g], total)  # the product's sums are integers below 2^24: exact in any order
-        return total * x_scales
+        return product(x, *self.codes[name])
 
     def __call__(self, tokens: Tensor) -> Tensor:
         c = self.config
@@ -83,10 +62,30 @@ class ExactModel:
                     h = rms_norm(x, block.attention_norm.weight, c.norm_eps)
                     x = x + self.linear(f"{name}.attention.o", self.attention(name, h, c.window if kind == "window" else None))
                 h = rms_norm(x, block.feed_forward_norm.weight, c.norm_eps)
-                gate, up = (self.linear(f"{name}.feed_forward.{part}", h) for part in ("gate", "up"))
-                x = x + self.linear(f"{name}.feed_forward.down", gate / (1.0 + exponential(-gate)) * up)
+                moe = c.moe_at(index)
+                x = x + (self.feed_forward(f"{name}.feed_forward", h) if moe is None else self.mixture(name, moe, h))
         x = rms_norm(x, self.model.norm.weight, c.norm_eps)
         return self.linear("embed" if c.tie_embeddings else "head", x)
+
+    def feed_forward(self, name: str, h: Tensor) -> Tensor:
+        gate, up = (self.linear(f"{name}.{part}", h) for part in ("gate", "up"))
+        return self.linear(f"{name}.down", swiglu(gate, up))
+
+    def mixture(self, name: str, moe: MoEConfig, h: Tensor) -> Tensor:
+        """One token after the other, its experts one after the other, ids ascending."""
+        router = self.model.get_submodule(f"{name}.feed_forward.router")
+        chosen, weights = exact_routing.route(exact_routing.logits(h, router.weight), router.bias, moe)
+        shared = f"{name}.feed_forward.shared"
+        out = self.feed_forward(shared, h) if moe.shared_size else torch.zeros_like(h)
+        for t, (experts, mix) in enumerate(zip(chosen.tolist(), weights, strict=True)):
+            for expert, weight in zip(experts, mix, strict=True):
+                gate, up = self.expert(f"{name}.feed_forward.experts.gate_up", expert, h[t : t + 1]).chunk(2, -1)
+                row = self.expert(f"{name}.feed_forward.experts.down", expert, swiglu(gate, up))
+                out[t] = fma(weight, row[0], out[t])
+        return out
+
+    def expert(self, name: str, expert: int, x: Tensor) -> Tensor:
+        return product(x, *(part[expert] for part in self.codes[name]))
 
     def attention(self, name: str, h: Tensor, window: int | None) -> Tensor:
         c, length = self.config, len(h)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from modeling.config import ModelConfig
 from modeling.decoder import Decoder
 from modeling.init import init_weights
+from modeling.moe_config import MoEConfig
 from quant.apply import prepare
 from quant.spec import QuantSpec
 from stages.export_packed import pack_model
@@ -25,6 +27,23 @@ CONFIGS = {
 }
 
 
+
+def mixture(layers: int = 2, **fields: Any) -> ModelConfig:
+    """A small mixture of experts; `fields` are those of MoEConfig."""
+    moe = MoEConfig(**{"expert_size": 32, "shared_size": 64, **fields})
+    return ModelConfig(**{**BASE, "num_layers": layers}, moe=moe)
+
+
+MIXTURES = {
+    "mobile": mixture(num_experts=60, top_k=4, route_scale=2.5),
+    "one": mixture(num_experts=1, top_k=1, expert_size=96),
+    "all": mixture(num_experts=8, top_k=8, shared_size=0, normalize=False),
+    "softmax": mixture(num_experts=7, top_k=2, score="softmax", shared_size=32),
+    "dense_first": mixture(layers=3, dense_layers=1, num_experts=17, top_k=3, shared_size=0, expert_size=64),
+    "softmax_raw": mixture(num_experts=33, top_k=5, score="softmax", normalize=False, route_scale=0.7),
+}
+
+
 def build(config: ModelConfig, seed: int = 0, spec: QuantSpec | None = None) -> Decoder:
     """A decoder with random weights, prepared for quantization; its norms are not all ones."""
     model = Decoder(config)
@@ -34,6 +53,9 @@ def build(config: ModelConfig, seed: int = 0, spec: QuantSpec | None = None) -> 
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("router.bias"):
+                buffer += 0.2 * torch.randn(buffer.shape, generator=generator)
     prepare(model, spec or QuantSpec())
     return model.requires_grad_(False).eval()
 

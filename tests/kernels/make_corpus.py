@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from modeling.config import ModelConfig
+from modeling.moe_config import MoEConfig
 from tests.helpers.packed_models import packed
 
 TINY: dict[str, Any] = dict(vocab_size=17, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=32,
                             max_positions=24, window=5)  # fmt: skip
 VARIANTS: tuple[dict[str, Any], ...] = (
     {}, {"attention": ("window",)}, {"attention": ("skip",)}, {"tie_embeddings": False, "qk_norm": True}, {"block_repeat": 2},
+    {"moe": MoEConfig(num_experts=3, top_k=2, expert_size=32, shared_size=32)},
+    {"moe": MoEConfig(num_experts=2, top_k=1, expert_size=32, score="softmax", dense_layers=1), "num_layers": 2},
 )  # fmt: skip
 
 
@@ -25,7 +28,7 @@ def make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, extra in enumerate(VARIANTS):
         with tempfile.TemporaryDirectory() as scratch:
-            _, path = packed(ModelConfig(**TINY, **extra), Path(scratch), embedding="int8" if index % 2 else "int4")
+            _, path = packed(ModelConfig(**{**TINY, **extra}), Path(scratch), embedding="int8" if index % 2 else "int4")
             (folder / f"{index}.pocket").write_bytes(path.read_bytes())
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kernels.runtime import isas
 from tests.helpers.emulated import NATIVE, run
-from tests.helpers.packed_models import CONFIGS, packed
+from tests.helpers.packed_models import CONFIGS, MIXTURES, packed
 
 CPUS = {  # what `-cpu` of qemu-aarch64 has: a phone of 2021 and later, one of 2018 and later, one before
     "max": ["ref", "neon_dotprod", "neon_i8mm"],
@@ -35,10 +35,11 @@ def test_every_variant_of_an_arm_cpu_gives_the_bits_of_the_reference(cpu):
 
 @pytest.mark.parametrize("cpu", CPUS)
 def test_a_model_on_an_arm_cpu_gives_the_ids_and_the_bits_of_this_machine(cpu, tmp_path):
-    for name, options in (("plain", {}), ("untied_norms", {"embedding": "int8"})):
+    for name, options in (("plain", {}), ("untied_norms", {"embedding": "int8"}), ("dense_first", {})):
+        config = (CONFIGS | MIXTURES)[name]
         folder = tmp_path / name
         folder.mkdir()
-        _, path = packed(CONFIGS[name], folder, **options)
+        _, path = packed(config, folder, **options)
         for kv in ("f16", "int8"):
             arguments = [str(path), "--ids", ",".join(str(13 * i % 199) for i in range(39)), "--decode-tokens", "6", "--kv", kv]
             here = run("pocketforge-run", *arguments)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import random
-import struct
-import subprocess
-
 import numpy as np
 import pytest
 
-from kernels.packed_file import HEADER, HEADER_BYTES, PackedFileError, is_packed, read_metadata, write_packed
-from kernels.runtime import PackedModel, PackedModelError, crc32c, executable_path
+from kernels.packed_file import HEADER, PackedFileError, is_packed, read_metadata, write_packed
+from kernels.runtime import PackedModel, PackedModelError, crc32c
+from tests.helpers.damage import checksum, flipped, model_field, replay_mutations, with_header, with_metadata
 from tests.helpers.packed_models import CONFIGS, packed
 
 
@@ -20,50 +16,8 @@ def good(tmp_path_factory):
     return packed(CONFIGS["flash"], tmp_path_factory.mktemp("good"))[1].read_bytes()
 
 
-def checksum(data):
-    return crc32c(np.frombuffer(bytes(data), np.uint8))
-
-
-def with_header(data, **changes):
-    """The file with fields of its header changed and the header's checksum right."""
-    names = ("magic", "version", "byte_order", "file_bytes", "metadata_offset", "metadata_bytes", "data_offset",
-             "metadata_crc32c", "reserved", "unused")  # fmt: skip
-    fields = dict(zip(names, HEADER.unpack(data[:60]), strict=True)) | changes
-    head = HEADER.pack(*(fields[name] for name in names))
-    return head + struct.pack("<I", checksum(head)) + data[HEADER_BYTES:]
-
-
-def with_metadata(data, change):
-    """The file with its JSON changed by `change(dict) -> dict or bytes`, every checksum and offset right."""
-    start, size, data_offset = HEADER.unpack(data[:60])[4:7]
-    document = json.loads(data[start : start + size])
-    changed = change(document)
-    text = changed if isinstance(changed, bytes) else json.dumps(changed).encode()
-    room = -(-(HEADER_BYTES + len(text) + 4096) // 64) * 64
-    if not isinstance(changed, bytes):
-        for tensor in changed.get("tensors", []):
-            if isinstance(tensor, dict) and isinstance(tensor.get("offset"), int):
-                tensor["offset"] += room - data_offset
-        text = json.dumps(changed).encode()
-    body = data[:HEADER_BYTES] + text.ljust(room - HEADER_BYTES, b"\0") + data[data_offset:]
-    return with_header(body, file_bytes=len(body), metadata_bytes=len(text), data_offset=room, metadata_crc32c=checksum(text))
-
-
-def model_field(name, value):
-    return lambda data: with_metadata(data, lambda d: {**d, "model": {**d["model"], name: value}})
-
-
 def first_tensor(**changes):
     return lambda data: with_metadata(data, lambda d: {**d, "tensors": [d["tensors"][0] | changes, *d["tensors"][1:]]})
-
-
-def flipped(position):
-    def change(data):
-        damaged = bytearray(data)
-        damaged[position] ^= 0x40
-        return bytes(damaged)
-
-    return change
 
 
 DAMAGES = {
@@ -146,29 +100,7 @@ def test_an_undamaged_file_rebuilt_by_these_tools_loads(good, tmp_path):
 
 def test_mutated_files_never_crash_the_loader(good, tmp_path):
     """A fast replay: seeded mutations, with checksums put right, in a process of their own."""
-    draw = random.Random(7)
-    start, size = HEADER.unpack(good[:60])[4:6]
-    paths = []
-    for index in range(400):
-        data = bytearray(good)
-        for _ in range(draw.choice([1, 1, 2, 5])):
-            region = draw.choice([(8, 60), (start, start + size), (start, start + size), (0, len(data))])
-            at = draw.randrange(*region)
-            kind = draw.random()
-            if kind < 0.5:
-                data[at] = draw.choice([0, 0x30, 0x39, 0x22, 0x7D, 0xFF, draw.randrange(256)])
-            elif kind < 0.8:  # another number where one stands
-                data[at : at + 1] = draw.choice([b"0", b"9", b"99999999", b"-1", b"1e9", b"[", b'"'])[:1]
-            elif kind < 0.9:
-                del data[at : at + draw.randrange(1, 100)]
-            else:
-                data[at:at] = data[at : at + draw.randrange(1, 100)]
-        paths.append(tmp_path / f"{index}.pocket")
-        paths[-1].write_bytes(bytes(data))
-    replay = executable_path().with_name("pocketforge-replay")
-    done = subprocess.run([replay, *paths], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, (done.returncode, done.stderr[-500:])
-    counts = json.loads(done.stdout)
+    counts = replay_mutations(good, tmp_path)
     assert counts["silent"] == 0 and counts["refused"] > 100 and counts["computed"] > 20
 
 

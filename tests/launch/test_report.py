@@ -275,3 +275,21 @@ def test_an_empty_directory_and_broken_files_still_give_a_page(tmp_path: Path) -
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a run directory"):
         write_report(tmp_path / "nowhere")
+
+
+def test_a_mixture_shows_how_evenly_its_experts_were_used_and_a_dense_model_nothing_of_it(run: Path) -> None:
+    assert "busiest expert" not in page_of(run).text
+    moe = {"num_experts": 6, "top_k": 2, "expert_size": 24, "shared_size": 48}
+    for document in run.glob("*/checkpoints/*/model.json"):
+        _write_json(document, {**dataclasses.asdict(MODEL), "moe": moe, "quant": None})
+    path = run / "sft" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["moe"] = {"load_max": [1.25, 1.75], "load_min": [0.5, 0.25], "dropped": [0.0, 0.5], "load": [[1.0], [1.0]]}
+    lines[-1]["moe"] = {"load_max": ["much"], "load_min": [], "dropped": None}  # somebody else's line
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_run(run).stages["sft"].metrics
+    assert [found[0][f"experts_{name}"] for name in ("load_max", "load_min", "dropped")] == [1.75, 0.25, 0.25]
+    assert not any(name.startswith("experts") for name in found[-1])
+    text = page_of(run).text
+    assert "6 experts of 24, 2 a token, one of 48 for every token" in text and "busiest expert" in text

@@ -104,6 +104,7 @@ def test_what_is_wrong_is_one_line(searched, tmp_path):
         (("--recipe", "smoke_search", "--optimizer", "simplex"), "optimizer='simplex': Input should be 'staged', 'bo"),
         (("--recipe", "smoke_search", "--device", "phone", "--output-dir", tmp_path / "x"), "device 'phone'; expected one of"),
         (("export", directory, "--pick", "99", "--output", tmp_path / "p"), "the front has"),
+        (("export", directory, "--output", directory / "sweep.toml"), "is a file; name a folder"),
         (("status", tmp_path), "holds no sweep"),
     ]:
         done = command("sweep", *arguments, cwd=tmp_path)
@@ -164,6 +165,13 @@ def test_goals_that_make_no_sense_are_refused():
         ({"goal.limits": '{"ttft_ms" = 3.0}'}, "limits has ttft_ms; its limit is goal.ttft_ms"),
         ({"device.processor_time": "true", "device.threads": "2"}, "processor_time says nothing"),
         ({"retrain_steps": '{"warmup" = 3}'}, "retrain_steps"),
+        ({"space.limits.memory_bytes": "x"}, "space.limits.memory_bytes='x'; expected a whole number"),
+        ({"space.limits.weight_bits": "nan"}, "space.limits.weight_bits=nan; expected a number"),
+        ({"space.limits": "3"}, "space.limits=3 is no table"), ({"space.fixed": "3"}, "space.fixed=3 is no table"),
+        ({"space.fixed.vocab_size": "10"}, "space.fixed.vocab_size=10, the backbone has"),
+        ({"device.max_readings": "5"}, "readings=16 is more than max_readings=5"),
+        ({"device.min_repeats": "50"}, "min_repeats=50 is more than max_repeats=30"),
+        ({"device.names": '["local", "local"]'}, "has a device twice"),
     ]:
         with pytest.raises(InputError, match=re.escape(words)):
             load_sweep("smoke_search", overrides)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modeling.config import ModelConfig
 from modeling.decoder import Decoder
+from modeling.families import family
 from modeling.init import init_weights
 from modeling.moe import MoE, RoutingRecord, choose
 from modeling.moe_config import MoEConfig
@@ -237,3 +238,12 @@ def test_softmax_routing_is_that_of_qwen3_moe(normalize: bool) -> None:
     ))  # fmt: skip
     state = their_state(model, EXPERTS, ("q_norm", "k_norm"))
     agree(model, theirs, {name: tensor for name, tensor in state.items() if not name.endswith("router.bias")})
+
+
+def test_mobilemoe_s_has_the_bytes_of_its_published_file() -> None:
+    """713,916,240 bytes, of which its header, 443 names with types, shapes and offsets, takes 53,232: 120 a tensor."""
+    config = family("mobilemoe_s")
+    norms, biases = 41 * 768, 20 * 60
+    published = config.weight_bytes(4, 32) - 2 * norms + 2 * biases  # bf16 there, and the biases are in the file
+    assert 713_916_240 - published == 53_232
+    assert [round(family(f"mobilemoe_{size}").num_active_params() / 1e6) for size in "sml"] == [272, 528, 922]

@@ -9,7 +9,10 @@ import torch
 
 from modeling.decoder import Decoder
 from modeling.importance import norm_names, uniform_importance
+from modeling.moe_config import MoEConfig
 from modeling.prune import plan_pruning, prune, uncovered
+from modeling.supernet import Supernet
+from stages.importance import calibrate
 from tests.helpers.prunable import BACKBONE, TOKENS, decoder, load, random_importance
 
 CONFIGS = {
@@ -219,3 +222,13 @@ def test_importance_of_another_model_or_without_numbers_is_refused():
     importance.norm_energy["norm"][3] = float("nan")
     with pytest.raises(ValueError, match=r"norm_energy.norm holds NaN"):
         prune(BACKBONE, model.state_dict(), importance, BACKBONE)
+
+
+def test_a_mixture_of_experts_is_no_backbone_and_no_target():
+    moe = replace(BACKBONE, moe=MoEConfig(num_experts=4, top_k=2, expert_size=8))
+    assert uncovered(moe, BACKBONE) == ["moe: the backbone has experts, and only dense models are cut"]
+    assert uncovered(BACKBONE, moe) == ["moe: it has experts, and only dense models are cut"]
+    with pytest.raises(ValueError, match="the largest model is a mixture of experts"):
+        Supernet(moe, "plain", 1)
+    with pytest.raises(ValueError, match="the model has experts; importance is measured"):
+        calibrate(Decoder(moe), [])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from modeling.config import ModelConfig
+from modeling.config import ModelConfig, RopeScaling
 from modeling.decoder import Decoder
 from modeling.hf_convert import ConversionError, config_from_hf, from_hf, load_hf, save_hf, to_hf
 from modeling.init import init_weights
@@ -17,6 +18,10 @@ TINY = ModelConfig(
     vocab_size=131, hidden_size=48, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=16, ffn_size=80,
     max_positions=64, init_std=0.15,
 )  # fmt: skip
+SCALINGS = {
+    "llama_3.2": RopeScaling(factor=32.0, original_positions=24),
+    "low_and_high_are_one": RopeScaling(factor=16.0, original_positions=24, high_frequency=1.0),
+}
 TOKENS = torch.randint(131, (2, 23), generator=torch.Generator().manual_seed(1))
 
 
@@ -80,8 +85,37 @@ def test_a_random_llama4_text_model_of_transformers_gives_its_logits_in_our_deco
     agree(decoder(config, state), theirs)
 
 
-@pytest.mark.parametrize("config", [TINY, replace(TINY, tie_embeddings=False), replace(TINY, qk_norm=True)],
-                         ids=["llama", "untied", "llama4"])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_a_llama_of_transformers_with_slower_rotation_gives_its_logits(key: str, scaling: RopeScaling, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope = {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_frequency,
+            "high_freq_factor": scaling.high_frequency, "original_max_position_embeddings": 24}  # fmt: skip
+    hf = LlamaConfig(vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+                     num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+                     **({"rope_parameters": {**rope, "rope_theta": 100.0}} if key == "rope_parameters" else
+                        {"rope_scaling": rope, "rope_theta": 100.0}))
+    theirs = randomise(LlamaForCausalLM(hf))
+    theirs.save_pretrained(tmp_path)
+    if key == "rope_scaling":  # as versions before 5 wrote it
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["rope_parameters"]
+        (tmp_path / "config.json").write_text(json.dumps({**config, "rope_scaling": rope, "rope_theta": 100.0}))
+    config, state = load_hf(tmp_path)
+    assert config.rope_scaling == scaling and config.rope_theta == 100.0
+    agree(decoder(config, state), theirs)
+
+
+EXPORTED = {
+    "llama": TINY, "untied": replace(TINY, tie_embeddings=False), "llama4": replace(TINY, qk_norm=True),
+    **{name: replace(TINY, rope_scaling=scaling, rope_theta=100.0) for name, scaling in SCALINGS.items()},
+    **{f"llama4_{name}": replace(TINY, rope_scaling=scaling, rope_theta=100.0, qk_norm=True)
+       for name, scaling in SCALINGS.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_transformers_loads_our_export_and_gives_our_logits(config: ModelConfig, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -91,9 +125,7 @@ def test_transformers_loads_our_export_and_gives_our_logits(config: ModelConfig,
     agree(ours, theirs)
 
 
-@pytest.mark.parametrize("config", [
-    TINY, replace(TINY, tie_embeddings=False), replace(TINY, qk_norm=True), replace(TINY, block_repeat=2),
-], ids=["llama", "untied", "llama4", "shared"])  # fmt: skip
+@pytest.mark.parametrize("config", [*EXPORTED.values(), replace(TINY, block_repeat=2)], ids=[*EXPORTED, "shared"])
 def test_export_and_import_is_the_identity(config: ModelConfig, tmp_path: Path) -> None:
     model = decoder(config)
     save_hf(tmp_path / "hf", config, model.state_dict())
@@ -149,6 +181,7 @@ def test_a_shared_llama_is_the_unrolled_one() -> None:
     (replace(TINY, attention=("full", "skip", "full")), None, "skip"),
     (replace(TINY, qk_norm=True), "llama", "QK-norm"),
     (replace(TINY, block_repeat=2), "llama", "2 times"),
+    (replace(TINY, rope_scaling=SCALINGS["llama_3.2"]), "mobilellm", "no rope_scaling"),
 ])
 def test_what_a_layout_cannot_express_is_refused(config: ModelConfig, layout: str | None, word: str) -> None:
     with pytest.raises(ConversionError, match=word):
@@ -157,7 +190,13 @@ def test_what_a_layout_cannot_express_is_refused(config: ModelConfig, layout: st
 
 @pytest.mark.parametrize(("change", "word"), [
     ({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "gelu"),
-    ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling"), ({"hidden_size": "48"}, "hidden_size"),
+    ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling has low_freq_factor=None"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is 'linear'"),
+    ({"rope_theta": True, "rope_parameters": None}, "rope_theta=True"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}, "disagree"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers=-1"), ({"model_type": "olmoe"}, "olmoe.*whole projection"),
+    ({"hidden_size": "48"}, "hidden_size"),
     ({"num_key_value_heads": 4}, "num_kv_heads"),
 ])
 def test_a_config_that_is_not_ours_is_refused(change: dict, word: str) -> None:
@@ -176,7 +215,7 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
 
 def test_missing_and_misshapen_weights_are_named() -> None:
     hf, state = to_hf(TINY, decoder(TINY).state_dict())
-    with pytest.raises(ConversionError, match="lack norm.weight"):
+    with pytest.raises(ConversionError, match="lack model.norm.weight"):
         from_hf(hf, {name: tensor for name, tensor in state.items() if name != "model.norm.weight"})
     with pytest.raises(ConversionError, match="norm.weight is"):
         from_hf(hf, {**state, "model.norm.weight": torch.ones(3)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -82,6 +83,7 @@ SMALL: dict[str, dict[str, list[Any]]] = {
     "text": {"a": ["p", "q", "r"], "b": ["u", "v"], "c": list("abcdefgh")},
     "anything": {"a": [None, 1, 2.5], "b": ["u", 3], "c": [(1, 2), (3, 4)], "d": [[1], [2]], "e": [True, False], "f": [-1, 0]},
     "text in a row": {name: ["x", "y", "z"] for name in "pqrst"},
+    "no numbers to compute with": {"a": [1, 2, float("nan")], "b": [1.5, float("inf")], "c": [1, 10**400], "d": [1, 2, 3]},
     "slots with one value": {"depth": [2, 3], **{f"s{i}": ["full"] for i in range(4)}, "z": list(range(40))},
 }
 
@@ -145,6 +147,10 @@ def _in_place(config: dict[str, Any]) -> None:
     config.update(_new(config))
 
 
+def _not_a_config(config: dict[str, Any]) -> Any:
+    return list(config)
+
+
 def _emptying(config: dict[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(config), **_dropping(config), "more": 1}
 
@@ -159,12 +165,13 @@ def _changing_sizes(config: dict[str, Any]) -> dict[str, Any]:
     return {**_new(config), "w": min(config["w"], 32 * config["depth"] - 64)}
 
 
-@pytest.mark.parametrize("repair", [_new, _dropping, _in_place, _emptying, _raising, _changing_sizes])
+@pytest.mark.parametrize("repair", [_new, _dropping, _in_place, _emptying, _raising, _changing_sizes, _not_a_config])
 def test_whatever_repair_does(repair: Callable[[dict[str, Any]], Any]) -> None:
     asked = play(factory(SLOTTED, REFERENCE, 0, None, repair), 24)
     assert all(list(config) == list(SLOTTED) for config in asked)
     # None of them is the same model as another.
-    assert distinct([config if config["s0"] == "skip" and repair is _raising else _new(config) for config in asked]) == 24
+    kept = [repair is _not_a_config or (repair is _raising and config["s0"] == "skip") for config in asked]
+    assert distinct([config if same else _new(config) for config, same in zip(asked, kept, strict=True)]) == 24
 
 
 def test_most_evaluations_fail_and_some_answers_are_no_numbers() -> None:
@@ -213,12 +220,59 @@ def test_a_clock_that_fails_now_and_then() -> None:
     assert np.mean([PROBLEM.evaluate(config)[0] < REFERENCE["ttft"] for config in asked]) > 0.9
 
 
-@pytest.mark.parametrize("seconds", [float("nan"), 0.0])
-def test_a_clock_that_never_works_is_given_up(seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [float("nan"), 0.0, 1e-320, None])
+def test_a_clock_that_never_works_is_given_up(seconds: float | None, caplog: pytest.LogCaptureFixture) -> None:
     calls = itertools.count()
-    search = factory(SLOTTED, REFERENCE, 0, lambda config: seconds if next(calls) >= 0 else 1.0, _new)
+
+    def measure(config: dict[str, Any]) -> float:
+        if next(calls) >= 0 and seconds is None:
+            raise OSError("device lost")
+        return float(seconds or 0)
+
+    search = factory(SLOTTED, REFERENCE, 0, measure, _new)
     assert distinct(play(search, 24)) == 24
     assert next(calls) == search.readings <= READINGS
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (2 if seconds is None else 1)
+
+
+def test_sizes_of_a_thousand_values_are_searched_in_time() -> None:
+    space = {name: list(range(1, 1001)) for name in "abc"}
+    search = factory(space, REFERENCE, 0, lambda config: (config["a"] + config["b"]) / 400)
+    start = time.process_time()
+    assert distinct(play(search, 8)) == 8
+    # One column for each value of each size: 20 s as long as the columns, not the readings, set the size of a system.
+    assert time.process_time() - start < 12
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"space": {1: [1, 2]}}, "name 1; expected text"), ({"space": {"a": 5}}, r"space\['a'\] is 5; expected a list"),
+    ({"space": {"a": "full"}}, "is 'full'; expected a list"), ({"space": {"a": {1, 2}}}, "in order"),
+    ({"space": {"a": []}}, "no values"), ({"space": [1]}, "expected a mapping"), ({"reference_point": None}, "expected {"),
+    ({"reference_point": {"loss": 1.0, "ttft": "4 s"}}, r"\['ttft'\] is '4 s'; expected a number"),
+    ({"reference_point": {"loss": math.nan, "ttft": 4.0}}, "is nan; expected a number"), ({"seed": 1.5}, "whole number"),
+    ({"seed": None}, "whole number"), ({"measure_latency": 5}, "expected a function"), ({"repair": {}}, "expected a function"),
+])  # fmt: skip
+def test_arguments_that_are_none_are_named(change: dict[str, Any], words: str) -> None:
+    usual: dict[str, Any] = {"space": SLOTTED, "reference_point": REFERENCE, "seed": 0}
+    with pytest.raises(ValueError, match=words):
+        factory(**{**usual, **change})
+
+
+def test_numbers_of_numpy_and_answers_of_any_kind() -> None:
+    search = factory({"a": np.arange(1, 60)}, REFERENCE, np.int64(3))
+    (token, _), *_ = search.ask(np.int64(7))
+    search.tell(np.int64(token), {"loss": np.float32(0.5), "ttft": np.array(1.0), "note": "said"})
+    for token, loss in enumerate((None, "low", 10**400), 1):
+        search.tell(token, {"loss": loss, "ttft": 1.0})
+    assert [trial.status for trial in search._search.trials[:5]] == ["ok", "failed", "failed", "failed", "pending"]
+    for wrong in ("failed", [0.5, 1.0], False):
+        with pytest.raises(ValueError, match="the answer is .*; expected"):
+            search.tell(4, wrong)
+    assert search._search.trials[4].status == "pending"
+    for count in (0, 2.5, "3", None):
+        with pytest.raises(ValueError, match="whole number of at least 1"):
+            search.ask(count)
 
 
 def test_questions_one_by_one_and_many_open() -> None:

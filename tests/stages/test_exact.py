@@ -14,13 +14,15 @@ from modeling.generate import generate
 from quant.apply import freeze
 from quant.spec import QuantSpec
 from stages.exact import suits, use_runtime_arithmetic
-from tests.helpers.packed_models import CONFIGS, build, packed
+from tests.helpers.packed_models import CONFIGS, MIXTURES, build, packed
+
+ALL = CONFIGS | MIXTURES
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=ALL)
 def models(request, tmp_path_factory):
     """(plain, exact, packed path)"""
-    plain, path = packed(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
+    plain, path = packed(ALL[request.param], tmp_path_factory.mktemp(request.param))
     exact = copy.deepcopy(plain)
     use_runtime_arithmetic(exact)
     return freeze(plain), freeze(exact), path

@@ -38,6 +38,9 @@ typedef struct {
     uint64_t file_bytes;
     uint64_t decode_bytes;  /* weight bytes that one decoded token reads */
     uint64_t layer_weights; /* weights of all executed layers' matrices: multiply-adds of a token, without the head */
+    /* Of a mixture of experts; 0 in a dense model. The two sums above count the experts of one token. */
+    int32_t num_experts, top_k, moe_layers; /* stored layers that have experts */
+    uint64_t expert_bytes;                  /* one routed expert's matrices */
 } pf_model_info;
 
 typedef struct {
@@ -88,6 +91,11 @@ PF_API int32_t pf_operation_count(void);
 PF_API const char *pf_operation_name(int32_t index);
 PF_API void pf_session_clocks(pf_session *session, int32_t enable, double *seconds);
 
+/* What a mixture's router did since the session was created. `hits` receives [moe_layers, num_experts] counts of tokens; `tokens`
+ * those that went through the model; `read_bytes` the routed experts' matrices, each one that a batch needs counted once a batch and
+ * layer. Each may be NULL. */
+PF_API void pf_session_experts(const pf_session *session, uint64_t *hits, uint64_t *tokens, uint64_t *read_bytes);
+
 /* Single operations with the runtime's arithmetic, for frameworks; all tensors are dense fp32, row after row.
  * linear: y [count, rows] = W x of a matrix in panels (encoding 0: int4_g32, 1: int8_row), x [count, k] rounded to INT8.
  * attend: q [tokens, heads, head_dim] after rotation, k and v [past + tokens, kv_heads, head_dim]; causal, each token
@@ -97,6 +105,15 @@ PF_API pf_status pf_op_rms_norm(const float *x, const float *weight, int32_t cou
 PF_API pf_status pf_op_swiglu(const float *gate, const float *up, int32_t count, int32_t n, float *out);
 PF_API pf_status pf_op_attend(const float *q, const float *k, const float *v, int32_t tokens, int32_t past, int32_t heads,
                               int32_t kv_heads, int32_t head_dim, int32_t window, float *out);
+
+/* router: logits [count, experts] of x [count, n] and weight [experts, n].
+ * route: of each row of logits the `top_k` experts (ids ascending) and their mixing weights [count, top_k]; `softmax` and `normalize`
+ * are 0 or 1. Scores, ties and what is no number: kernels/cpu/src/routing.h.
+ * mix: out [count, n] = first [count, n] (NULL: 0), then for i = 0..k-1 out += weights[count, i] * rows[count, i, n], fused. */
+PF_API pf_status pf_op_router(const float *x, const float *weight, int32_t count, int32_t n, int32_t experts, float *logits);
+PF_API pf_status pf_op_route(const float *logits, const float *bias, int32_t count, int32_t experts, int32_t top_k, int32_t softmax,
+                             int32_t normalize, float scale, int32_t *chosen, float *weights);
+PF_API pf_status pf_op_mix(const float *first, const float *rows, const float *weights, int32_t count, int32_t k, int32_t n, float *out);
 
 PF_API uint32_t pf_crc32c(const void *data, size_t size, uint32_t seed);
 /* Integer operations a second of one thread's registers alone (2 a multiply-add); 0 where the variant does not say. */

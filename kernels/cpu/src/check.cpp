@@ -57,6 +57,11 @@ void check_all(bool quick) {
             if (quick && n > 576) continue;
             for (int kind = 0; kind < check::kRowKinds; ++kind) check::floats(ops, n, kind);
         }
+        for (int experts : {1, 2, 3, 4, 7, 16, 60}) {
+            for (int tokens : {1, 2, 3, 4, 5, 9}) {
+                for (int kind : {0, 1, 5, 7}) check::router(ops, tokens, experts, experts == 60 && !quick ? 768 : 96, kind);
+            }
+        }
         for (size_t bytes : {size_t(0), size_t(64), size_t(1000), size_t(65536)}) check::read(ops, bytes);
         for (int type : {PF_KV_F32, PF_KV_F16, PF_KV_INT8}) {
             for (int d : {32, 64, 96, 128}) {

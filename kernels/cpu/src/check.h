@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "ops.h"
+#include "routing.h"
 
 namespace pf {
 namespace check {
@@ -29,6 +29,8 @@ constexpr int kRowKinds = 9;  // kinds of rows of floats
 // [m, k] x [n, k] by every variant, or by `only` alone, once and whole.
 void multiply(Matrix::Encoding encoding, int n, int k, int m, int content, const Ops *only = nullptr);
 void floats(const Ops &ops, int n, int kind);
+// `tokens` rows of n by `experts`; each logit may be computed in a tile of any size.
+void router(const Ops &ops, int tokens, int experts, int n, int kind);
 void read(const Ops &ops, size_t bytes);
 // `tokens` tokens through a ring of `blocks` blocks, then up to 8 queries.
 void attention(const Ops &ops, KvLayout layout, int tokens, int blocks);

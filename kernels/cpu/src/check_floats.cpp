@@ -58,12 +58,39 @@ void floats(const Ops &ops, int n, int kind) {
         compare(what);
     };
     in_place("add", [](const Ops &o, float *a, const float *b, int count) { o.add(a, b, count); });
+    in_place("add_scaled", [](const Ops &o, float *a, const float *b, int count) { o.add_scaled(a, b, 0.3f, count); });
     in_place("exponentials", [](const Ops &o, float *a, const float *, int count) { o.exponentials(a, count); });
     if (n <= 128) in_place("rope", [](const Ops &o, float *a, const float *b, int count) { o.rope(a, count, {b, b}); });
     for (int count : {1, n / 2 + 1, n - 1, n}) {
         ops.log_sum_exp(x.data(), count, scales);
         ref.log_sum_exp(x.data(), count, scales + 1);
         same(scales, scales + 1, sizeof(float), "%s log_sum_exp of %d, kind %d", ops.name, count, kind);
+    }
+}
+
+void router(const Ops &ops, int tokens, int experts, int n, int kind) {
+    Memory<float> x(size_t(tokens) * size_t(n)), w(size_t(experts) * size_t(n)), logits(2 * size_t(tokens) * size_t(experts));
+    fill_floats(x.data(), tokens * n, kind);
+    fill_floats(w.data(), experts * n, 0);
+    float *expected = logits.data() + size_t(tokens) * size_t(experts);
+    ops.router(x.data(), w.data(), tokens, experts, n, logits.data());
+    kRefOps.router(x.data(), w.data(), tokens, experts, n, expected);
+    size_t bytes = size_t(tokens) * size_t(experts) * sizeof(float);
+    same(logits.data(), expected, bytes, "%s router %d tokens, %d experts, n=%d kind %d", ops.name, tokens, experts, n, kind);
+    // Their scores, weights and choices: what a variant adds is its exponential.
+    int32_t chosen[2][kMostChosen];
+    float weights[2][kMostChosen];
+    Memory<float> bias((size_t(experts)));
+    fill_floats(bias.data(), experts, 6);
+    for (int i = 0; i < 4; ++i) {
+        RouterRule rule = {experts, smaller(experts, 8), i % 2 == 1, i / 2 == 1, 2.5f};
+        for (int t = 0; t < tokens; ++t) {
+            route(ops, rule, expected + t * experts, bias.data(), chosen[0], weights[0]);
+            route(kRefOps, rule, expected + t * experts, bias.data(), chosen[1], weights[1]);
+            size_t size = size_t(rule.top_k) * 4;
+            same(chosen[0], chosen[1], size, "%s route, %d experts, token %d, kind %d, rule %d: ids", ops.name, experts, t, kind, i);
+            same(weights[0], weights[1], size, "%s route, %d experts, token %d, kind %d, rule %d: weights", ops.name, experts, t, kind, i);
+        }
     }
 }
 

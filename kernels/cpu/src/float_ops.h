@@ -121,6 +121,54 @@ template <typename V> struct FloatOps {
         for (int i = 0; i < n; i += 16) V::store(x + i, exponential(V::load(x + i)));
     }
 
+    // Each logit: 16 lanes of fused multiply-adds over the columns in order, then the tree of V::sum. T tokens by E experts at
+    // once only save loads.
+    template <int T, int E> static void router_tile(const float *x, const float *w, int n, float *logits, int stride) {
+        V acc[T][E];
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+            for (int e = 0; e < E; ++e) acc[t][e] = V::zero();
+        }
+        for (int i = 0; i < n; i += 16) {
+            V row[E];
+#pragma GCC unroll 4
+            for (int e = 0; e < E; ++e) row[e] = V::load(w + size_t(e) * size_t(n) + i);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) {
+                V v = V::load(x + size_t(t) * size_t(n) + i);
+#pragma GCC unroll 4
+                for (int e = 0; e < E; ++e) acc[t][e] = V::fma(v, row[e], acc[t][e]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+            for (int e = 0; e < E; ++e) logits[t * stride + e] = V::sum(acc[t][e]);
+        }
+    }
+
+    static void router(const float *x, const float *w, int tokens, int experts, int n, float *logits) {
+        constexpr int S = V::kQueries >= 8 ? 4 : 2;  // what the registers hold
+        for (int e = 0; e < experts; e += S) {
+            const float *rows = w + size_t(e) * size_t(n);
+            bool whole = experts - e >= S;
+            int t = 0;
+            for (; whole && t + S <= tokens; t += S) router_tile<S, S>(x + size_t(t) * size_t(n), rows, n, logits + t * experts + e, experts);
+            for (; t < tokens; ++t) {
+                const float *one = x + size_t(t) * size_t(n);
+                float *out = logits + t * experts + e;
+                if (whole) router_tile<1, S>(one, rows, n, out, experts);
+                else for (int j = 0; j < experts - e; ++j) router_tile<1, 1>(one, rows + size_t(j) * size_t(n), n, out + j, experts);
+            }
+        }
+    }
+
+    static void add_scaled(float *x, const float *y, float scale, int n) {
+        V factor = V::set(scale);
+        for (int i = 0; i < n; i += 16) V::store(x + i, V::fma(factor, V::load(y + i), V::load(x + i)));
+    }
+
     // Four streams, asked for early: the fastest way found to read memory on one core.
     static uint64_t read(const uint8_t *data, size_t bytes) {
         typename V::Sum sums[4] = {V::no_sum(), V::no_sum(), V::no_sum(), V::no_sum()};

@@ -1,5 +1,5 @@
 // One pass of a batch of tokens through the layers: which operation follows which, and how rows are shared out over threads.
-#include "session.h"
+#include "clock.h"
 
 using pf::Attention;
 using pf::Block;
@@ -7,29 +7,16 @@ using pf::Config;
 using pf::Matrix;
 using pf::Operation;
 
-// Adds the time until the end of its block to an operation's.
-class pf_session::Clock {
-  public:
-    Clock(pf_session &session, Operation operation) : session_(session), operation_(operation) {
-        if (session.timed) begin_ = pf::now();
-    }
-    ~Clock() {
-        if (session_.timed) session_.seconds[operation_] += pf::now() - begin_;
-    }
-
-  private:
-    pf_session &session_;
-    Operation operation_;
-    double begin_ = 0;
-};
-
 void pf_session::forward(const int32_t *tokens, int count) {
     embed(tokens, count);
+    mixture.tokens += uint64_t(count);
     const Config &c = model->config;
     for (int i = 0; i < c.executed(); ++i) {
         const Block &block = model->blocks[size_t(i / c.block_repeat)];
         if (block.attention != Attention::kSkip) attention(block, caches_[size_t(i)], count);
-        feed_forward(block, count);
+        norm(block.feed_forward_norm, 0, count);
+        if (block.experts != nullptr) experts(block, count);
+        else feed_forward(block.feed_forward, count);
     }
 }
 
@@ -72,8 +59,7 @@ void pf_session::norm(const float *weight, int first, int count) {
 
 void pf_session::quantize(const float *x, int k, int count) {
     Clock clock(*this, pf::kQuantize);
-    rows_.count = count;
-    rows_.k = k;
+    rows_ = row_memory_.rows(0, count, k);
     pool.split(count, [&](int begin, int end, int) {
         for (int t = begin; t < end; ++t) {
             size_t row = size_t(t) * size_t(k);
@@ -145,23 +131,22 @@ void pf_session::rotate_and_store(const Block &block, const pf::Cache &cache, in
     });
 }
 
-void pf_session::feed_forward(const Block &block, int count) {
+void pf_session::feed_forward(const pf::FeedForward &w, int count) {
     const Config &c = model->config;
-    norm(block.feed_forward_norm, 0, count);
     quantize(normed_.data(), c.hidden_size, count);
-    size_t ffn = size_t(c.ffn_size);
-    multiply(block.gate_up, gate_up_.data(), 2 * ffn, pf::kGateUp);
+    size_t ffn = size_t(w.down.k);
+    multiply(w.gate_up, gate_up_.data(), 2 * ffn, pf::kGateUp);
     {
         Clock clock(*this, pf::kSwiglu);
         pool.split(count, [&](int begin, int end, int) {
             for (int t = begin; t < end; ++t) {
                 const float *gate = gate_up_.data() + size_t(t) * 2 * ffn;
-                model->ops->swiglu(gate, gate + ffn, c.ffn_size, normed_.data() + size_t(t) * ffn);
+                model->ops->swiglu(gate, gate + ffn, int(ffn), normed_.data() + size_t(t) * ffn);
             }
         });
     }
-    quantize(normed_.data(), c.ffn_size, count);
-    multiply(block.down, product_.data(), size_t(c.hidden_size), pf::kDown);
+    quantize(normed_.data(), int(ffn), count);
+    multiply(w.down, product_.data(), size_t(c.hidden_size), pf::kDown);
     model->ops->add(x_.data(), product_.data(), count * c.hidden_size);
 }
 

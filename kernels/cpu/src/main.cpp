@@ -172,6 +172,27 @@ int continue_ids(pf_session *session, const pf_model_info &info, int context, co
     return 0;
 }
 
+// Of a mixture: bytes of routed experts that one prefill and one decoded token took, and who was chosen in all measured passes.
+void print_experts(const pf_model_info &info, const pf_session *session, double prefill, double decode) {
+    printf(",\"moe\":{\"num_experts\":%d,\"top_k\":%d,\"layers\":%d,\"expert_bytes\":%llu,\"prefill_expert_bytes\":%.0f,", info.num_experts,
+           info.top_k, info.moe_layers, static_cast<unsigned long long>(info.expert_bytes), prefill);
+    printf("\"decode_expert_bytes_per_token\":%.0f,\"hits\":[", decode);
+    size_t experts = size_t(info.num_experts), layers = size_t(info.moe_layers);
+    pf::Buffer<uint64_t> hits;
+    if (hits.allocate(experts * layers)) pf_session_experts(session, hits.data(), nullptr, nullptr);
+    for (size_t i = 0; i < hits.size(); ++i) {
+        const char *before = i == 0 ? "[" : i % experts == 0 ? "],[" : ",";
+        printf("%s%llu", before, static_cast<unsigned long long>(hits[i]));
+    }
+    printf("%s]}", hits.size() > 0 ? "]" : "");
+}
+
+uint64_t expert_bytes_read(const pf_session *session) {
+    uint64_t bytes = 0;
+    pf_session_experts(session, nullptr, nullptr, &bytes);
+    return bytes;
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
@@ -213,17 +234,20 @@ int main(int argc, char **argv) {
     size_t bytes = size_t(options.bandwidth_mib) << 20;
     double before = bytes > 0 ? pf_read_bandwidth(bytes, options.threads, 3) : 0.0;
     reset_peak();
-    double prefill_cpu = 0, decode_cpu = 0, kv_read = 0, operations[2][32] = {};
+    double prefill_cpu = 0, decode_cpu = 0, kv_read = 0, experts_read[2] = {}, operations[2][32] = {};
     uint32_t crc = 0;
     uint64_t state = 1;
     int64_t peak = 0;
     for (int r = -1; r < options.repeats; ++r) {  // round -1 warms up and is not counted
         pf_session_reset(session);
         pf_session_clocks(session, r >= 0, nullptr);
+        uint64_t read_before = expert_bytes_read(session);
         double start = pf::now(), cpu = cpu_now();
         if (pf_session_eval(session, tokens.data(), options.prompt, 0, logits.data(), error, sizeof error) != PF_OK) return fail(error);
         double end = pf::now();
+        uint64_t read_prefill = expert_bytes_read(session);
         if (r >= 0) prefill[size_t(r)] = end - start;
+        if (r >= 0) experts_read[0] += double(read_prefill - read_before) / options.repeats;
         if (r >= 0) prefill_cpu += cpu_now() - cpu;
         double parts[32] = {};
         pf_session_clocks(session, r >= 0, parts);
@@ -241,6 +265,7 @@ int main(int argc, char **argv) {
         }
         if (r >= 0) decode[size_t(r)] = end - start;
         if (r >= 0) decode_cpu += cpu_now() - cpu;
+        if (r >= 0) experts_read[1] += double(expert_bytes_read(session) - read_prefill) / options.repeats / options.decode;
         pf_session_clocks(session, 0, parts);
         for (int i = 0; i < pf_operation_count(); ++i) operations[1][i] += parts[i];
         crc = pf_crc32c(logits.data(), size_t(info.vocab_size) * sizeof(float), 0);
@@ -273,7 +298,9 @@ int main(int argc, char **argv) {
         for (int i = 0; i < pf_operation_count(); ++i) printf("%s\"%s\":%.6g", i == 0 ? "" : ",", pf_operation_name(i), operations[phase][i] * per);
         printf("}");
     }
-    printf("},\"logits_crc32c\":\"%08x\",\"samples\":{", crc);
+    printf("},\"logits_crc32c\":\"%08x\"", crc);
+    if (info.moe_layers > 0) print_experts(info, session, experts_read[0], experts_read[1]);
+    printf(",\"samples\":{");
     print_list("prefill_seconds", prefill, 1.0);
     printf(",");
     print_list("decode_step_seconds", steps, 1.0);

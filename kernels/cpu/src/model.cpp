@@ -6,17 +6,37 @@ using pf::Attention;
 using pf::Error;
 using pf::Json;
 
-struct Field {
-    const char *name;
-    int *value;
-    uint64_t least, most;
-};
-
 } // namespace
+
+pf_status pf_model::read_fields(int object, const char *path, const Field *fields, size_t count, const Error &error) const {
+    for (size_t i = 0; i < count; ++i) {
+        const Field &field = fields[i];
+        uint64_t value = 0;
+        if (!file.json().integer(file.json().find(object, field.name), &value) || value < field.least || value > field.most) {
+            return error.set(PF_BAD_FILE, "%s.%s: missing, or not a whole number from %llu to %llu", path, field.name,
+                             static_cast<unsigned long long>(field.least), static_cast<unsigned long long>(field.most));
+        }
+        *field.value = int(value);
+        if (field.multiple > 1 && *field.value % field.multiple != 0) {
+            return error.set(PF_BAD_FILE, "%s.%s: %d is not a multiple of %d", path, field.name, *field.value, field.multiple);
+        }
+    }
+    return PF_OK;
+}
+
+pf_status pf_model::read_flag(int object, const char *path, const char *name, bool *value, const Error &error) const {
+    int node = file.json().find(object, name);
+    if (!file.json().is(node, Json::kTrue) && !file.json().is(node, Json::kFalse)) {
+        return error.set(PF_BAD_FILE, "%s.%s: missing, or not true or false", path, name);
+    }
+    *value = file.json().is(node, Json::kTrue);
+    return PF_OK;
+}
 
 pf_status pf_model::read(const Error &error) {
     pf_status status = read_config(error);
     if (status == PF_OK) status = read_outputs(error);
+    if (status == PF_OK) status = read_moe(error);
     if (status != PF_OK) return status;
     int head_rows = outputs.size() > 0 ? int(outputs.size()) : config.vocab_size;
     if (!blocks.allocate(size_t(config.num_blocks))) return error.set(PF_NO_MEMORY, "no memory for %d blocks", config.num_blocks);
@@ -34,25 +54,14 @@ pf_status pf_model::read_config(const Error &error) {
     int model = json.find(0, "model");
     if (!json.is(model, Json::kObject)) return error.set(PF_BAD_FILE, "model: missing from the metadata");
     const Field fields[] = {
-        {"vocab_size", &config.vocab_size, 1, 1u << 24},   {"hidden_size", &config.hidden_size, 32, 1u << 18},
-        {"num_layers", &config.num_blocks, 1, 4096},       {"block_repeat", &config.block_repeat, 1, 16},
-        {"num_heads", &config.num_heads, 1, 4096},         {"num_kv_heads", &config.num_kv_heads, 1, 4096},
-        {"head_dim", &config.head_dim, 32, pf::kMostHeadDim}, {"ffn_size", &config.ffn_size, 32, 1u << 19},
-        {"max_positions", &config.max_positions, 1, 1u << 24}, {"window", &config.window, 1, 1u << 24},
+        {"vocab_size", &config.vocab_size, 1, 1u << 24, 1},   {"hidden_size", &config.hidden_size, 32, 1u << 18, 32},
+        {"num_layers", &config.num_blocks, 1, 4096, 1},       {"block_repeat", &config.block_repeat, 1, 16, 1},
+        {"num_heads", &config.num_heads, 1, 4096, 1},         {"num_kv_heads", &config.num_kv_heads, 1, 4096, 1},
+        {"head_dim", &config.head_dim, 32, pf::kMostHeadDim, 32}, {"ffn_size", &config.ffn_size, 32, 1u << 19, 32},
+        {"max_positions", &config.max_positions, 1, 1u << 24, 1}, {"window", &config.window, 1, 1u << 24, 1},
     };
-    for (const Field &field : fields) {
-        uint64_t value = 0;
-        if (!json.integer(json.find(model, field.name), &value) || value < field.least || value > field.most) {
-            return error.set(PF_BAD_FILE, "model.%s: missing, or not a whole number from %llu to %llu", field.name,
-                             static_cast<unsigned long long>(field.least), static_cast<unsigned long long>(field.most));
-        }
-        *field.value = int(value);
-    }
-    const Field multiples[] = {{"hidden_size", &config.hidden_size, 32, 0}, {"ffn_size", &config.ffn_size, 32, 0},
-                               {"head_dim", &config.head_dim, 32, 0}};
-    for (const Field &field : multiples) {
-        if (*field.value % 32 != 0) return error.set(PF_BAD_FILE, "model.%s: %d is not a multiple of 32", field.name, *field.value);
-    }
+    pf_status status = read_fields(model, "model", fields, sizeof fields / sizeof fields[0], error);
+    if (status != PF_OK) return status;
     if (config.num_heads % config.num_kv_heads != 0) {
         return error.set(PF_BAD_FILE, "model.num_heads: %d is not a multiple of num_kv_heads, %d", config.num_heads, config.num_kv_heads);
     }
@@ -62,15 +71,8 @@ pf_status pf_model::read_config(const Error &error) {
         return error.set(PF_BAD_FILE, "model.norm_eps: missing, or not between 0 and 1");
     }
     config.norm_eps = float(eps);
-    const struct { const char *name; bool *value; } flags[] = {{"qk_norm", &config.qk_norm}, {"tie_embeddings", &config.tied}};
-    for (const auto &flag : flags) {
-        int node = json.find(model, flag.name);
-        if (!json.is(node, Json::kTrue) && !json.is(node, Json::kFalse)) {
-            return error.set(PF_BAD_FILE, "model.%s: missing, or not true or false", flag.name);
-        }
-        *flag.value = json.is(node, Json::kTrue);
-    }
-    return PF_OK;
+    status = read_flag(model, "model", "qk_norm", &config.qk_norm, error);
+    return status == PF_OK ? read_flag(model, "model", "tie_embeddings", &config.tied, error) : status;
 }
 
 pf_status pf_model::read_outputs(const Error &error) {
@@ -121,9 +123,9 @@ pf_status pf_model::read_block(int index, const Error &error) {
         if (status == PF_OK) status = matrix(named("attention.out"), hidden, query, &block.out, error);
     }
     if (status == PF_OK) status = vector(named("feed_forward_norm"), hidden, &block.feed_forward_norm, error);
-    if (status == PF_OK) status = matrix(named("feed_forward.gate_up"), 2 * config.ffn_size, hidden, &block.gate_up, error);
-    if (status == PF_OK) status = matrix(named("feed_forward.down"), hidden, config.ffn_size, &block.down, error);
-    return status;
+    if (status != PF_OK) return status;
+    if (config.moe_layers() > 0 && index >= config.dense_layers) return read_experts(index, error);
+    return feed_forward(named("feed_forward"), config.ffn_size, &block.feed_forward, error);
 }
 
 pf_status pf_model::matrix(const char *name, int rows, int k, pf::Matrix *out, const Error &error) const {
@@ -142,11 +144,11 @@ pf_status pf_model::matrix(const char *name, int rows, int k, pf::Matrix *out, c
     return PF_OK;
 }
 
-pf_status pf_model::vector(const char *name, int size, const float **out, const Error &error) const {
+pf_status pf_model::floats(const char *name, int rows, int size, const float **out, const Error &error) const {
     const pf::Tensor *tensor = file.find(name);
     if (tensor == nullptr) return error.set(PF_BAD_FILE, "tensor %s: missing", name);
-    if (tensor->encoding != pf::Tensor::kF32 || tensor->rows != 1 || tensor->columns != uint32_t(size)) {
-        return error.set(PF_BAD_FILE, "tensor %s: shape: not %d floats", name, size);
+    if (tensor->encoding != pf::Tensor::kF32 || tensor->rows != uint32_t(rows) || tensor->columns != uint32_t(size)) {
+        return error.set(PF_BAD_FILE, "tensor %s: shape: not %d x %d floats", name, rows, size);
     }
     *out = reinterpret_cast<const float *>(file.data(*tensor));
     return PF_OK;
@@ -156,8 +158,11 @@ uint64_t pf_model::decode_bytes() const {
     uint64_t bytes = head.bytes();
     for (int i = 0; i < config.num_blocks; ++i) {
         const pf::Block &block = blocks[size_t(i)];
-        uint64_t layer = block.gate_up.bytes() + block.down.bytes();
-        if (block.attention != Attention::kSkip) layer += block.qkv.bytes() + block.out.bytes();
+        uint64_t layer = block.feed_forward.bytes() + block.qkv.bytes() + block.out.bytes();
+        if (block.experts != nullptr) {
+            layer += uint64_t(config.router.top_k) * block.experts[0].bytes();
+            layer += uint64_t(config.router.experts) * uint64_t(config.hidden_size) * sizeof(float);
+        }
         bytes += layer * uint64_t(config.block_repeat);
     }
     return bytes;
@@ -167,10 +172,9 @@ uint64_t pf_model::layer_weights() const {
     uint64_t weights = 0;
     for (int i = 0; i < config.num_blocks; ++i) {
         const pf::Block &block = blocks[size_t(i)];
-        const pf::Matrix *matrices[] = {&block.qkv, &block.out, &block.gate_up, &block.down};
-        for (const pf::Matrix *matrix : matrices) {
-            weights += uint64_t(matrix->rows) * uint64_t(matrix->k) * uint64_t(config.block_repeat);
-        }
+        uint64_t layer = block.feed_forward.weights() + block.qkv.weights() + block.out.weights();
+        if (block.experts != nullptr) layer += uint64_t(config.router.top_k) * block.experts[0].weights();
+        weights += layer * uint64_t(config.block_repeat);
     }
     return weights;
 }
@@ -214,7 +218,8 @@ void pf_model_close(pf_model *model) {
 void pf_model_get_info(const pf_model *model, pf_model_info *info) {
     const pf::Config &c = model->config;
     *info = {c.vocab_size, c.hidden_size,   c.num_blocks,       c.executed(),        c.num_heads, c.num_kv_heads, c.head_dim,
-             c.ffn_size,   c.max_positions, model->file.size(), model->decode_bytes(), model->layer_weights()};
+             c.ffn_size,   c.max_positions, model->file.size(), model->decode_bytes(), model->layer_weights(),
+             c.router.experts, c.router.top_k, c.moe_layers(), c.moe_layers() > 0 ? model->experts[0].bytes() : 0};
 }
 
 const char *pf_model_isa(const pf_model *model) { return model->ops->name; }

@@ -9,13 +9,14 @@ namespace {
 
 constexpr int kTile = 8;
 
-// Tiles of 8 tokens, the last one of what is left: [k / 8][tokens of the tile][8]. The instruction sums over 8 columns in
+// Tiles of up to 8 tokens (tile_rows): [k / 8][tokens of the tile][8]. The instruction sums over 8 columns in
 // whatever order both operands have them. Of each 16 columns the first eight here are 0-3 and 8-11 and the others 4-7 and 12-15,
 // for then the weights need one `zip` a register, before their nibbles are taken apart.
 void pack(Rows &x, int first, int last) {
-    first = (first + kTile - 1) / kTile * kTile;
-    for (int groups = x.k / kGroup; first < last; first += kTile) {
-        int rows = smaller(kTile, x.count - first);
+    int tile = tile_rows(x.count, kTile);
+    first = (first + tile - 1) / tile * tile;
+    for (int groups = x.k / kGroup; first < last; first += tile) {
+        int rows = smaller(tile, x.count - first);
         int8_t *to = x.packed + size_t(first) * size_t(x.k);
         for (int r = 0; r < rows; ++r) {
             const int8_t *from = x.codes + size_t(first + r) * size_t(x.k);
@@ -192,7 +193,7 @@ using F = FloatOps<Lanes>;
 using A = AttentionOps<Lanes>;
 const Ops kNeonI8mmOps = {"neon_i8mm", supported, multiply, pack,        F::quantize_row, F::rms_norm,
                           F::rope,     F::swiglu, F::add,   A::store_kv, A::attend,       F::log_sum_exp,
-                          F::exponentials, nullptr, F::read};
+                       F::exponentials, F::router, F::add_scaled, nullptr, F::read};
 
 } // namespace pf
 #endif

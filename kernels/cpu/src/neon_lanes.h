@@ -127,9 +127,10 @@ struct TileShape {
 // kernels[T - 1] takes T tokens, up to kTokens. Panels outside, so that one stays in the first cache for all tokens.
 template <int kTokens>
 void multiply_tiles(const TileShape (&kernels)[kTokens], const Matrix &w, const Rows &x, int begin, int end, float *y, size_t stride) {
+    int most = tile_rows(x.count, kTokens);
     for (int p = begin; p < end; ++p) {
-        for (int t = 0; t < x.count; t += kTokens) {
-            TileShape tile = kernels[smaller(kTokens, x.count - t) - 1];
+        for (int t = 0; t < x.count; t += most) {
+            TileShape tile = kernels[smaller(most, x.count - t) - 1];
             for (int at = p * kPanel; at < smaller((p + 1) * kPanel, w.rows); at += tile.rows) {
                 tile.run(w, w.panel(p), at % kPanel, x, t, y + at + size_t(t) * stride, stride, w.rows - at);
             }

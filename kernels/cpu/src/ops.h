@@ -22,6 +22,7 @@ struct Matrix {
     size_t code_bytes() const { return encoding == kInt4 ? size_t(k) * kPanel / 2 : size_t(k) * kPanel; }
     size_t panel_bytes() const { return scale_bytes() + code_bytes(); }
     size_t bytes() const { return panel_bytes() * size_t(panels()); }
+    uint64_t weights() const { return uint64_t(rows) * uint64_t(k); }
     const uint8_t *panel(int index) const { return data + size_t(index) * panel_bytes(); }
 };
 
@@ -35,9 +36,33 @@ struct Rows {
     int32_t *packed_offsets = nullptr;
 };
 
-// Tiles of `tile` rows, the last one of what is left: codes [k / 4][rows of the tile][4], offsets [k / 32][rows of the tile].
-// Only the tiles that begin in [first, last).
-inline void pack_tiles(Rows &x, int tile, int first, int last) {
+// Memory for rows of any width up to `widest`; count == 1 needs no packed form.
+struct RowMemory {
+    Buffer<int8_t> codes, packed;
+    Buffer<float> scales;
+    Buffer<int32_t> offsets, packed_offsets;
+
+    bool allocate(size_t rows, size_t widest) {
+        return codes.allocate(rows * widest) && packed.allocate(rows * widest) && scales.allocate(rows) &&
+               offsets.allocate(rows * widest / kGroup) && packed_offsets.allocate(rows * widest / kGroup);
+    }
+    // Rows first, first + 1 ... of width k.
+    Rows rows(int first, int count, int k) {
+        size_t at = size_t(first) * size_t(k), group = at / kGroup;
+        return {count, k, codes.data() + at, scales.data() + first, offsets.data() + group, packed.data() + at, packed_offsets.data() + group};
+    }
+};
+
+// Rows of a tile, where `most` fit one: as few tiles as can be, of like sizes. 13 rows are 7 and 6, not 12 and a slow 1.
+inline int tile_rows(int count, int most) {
+    int tiles = (count + most - 1) / most;
+    return tiles == 0 ? most : (count + tiles - 1) / tiles;
+}
+
+// Tiles of tile_rows(count, most) rows, the last one of what is left: codes [k / 4][rows of the tile][4], offsets
+// [k / 32][rows of the tile]. Only the tiles that begin in [first, last).
+inline void pack_tiles(Rows &x, int most, int first, int last) {
+    int tile = tile_rows(x.count, most);
     first = (first + tile - 1) / tile * tile;
     for (; first < last; first += tile) {
         int rows = smaller(tile, x.count - first), fours = x.k / 4;
@@ -108,6 +133,9 @@ struct Ops {
     void (*attend)(KvRing ring, const Query *queries, int count, float scale, float *scores);
     void (*log_sum_exp)(const float *x, int n, float *result);
     void (*exponentials)(float *x, int n);  // in place; n is a multiple of 16
+    // logits [tokens, experts] = x [tokens, n] times w [experts, n], in fp32.
+    void (*router)(const float *x, const float *w, int tokens, int experts, int n, float *logits);
+    void (*add_scaled)(float *x, const float *y, float scale, int n);  // x += scale * y, rounded once; n is a multiple of 16
     // `rounds` of as many multiply-adds of bytes as the registers hold at once, returning how many: the limit of a product.
     // May be null.
     int64_t (*burn)(int64_t rounds);

@@ -15,25 +15,13 @@ pf_status pf_op_linear(int32_t encoding, const void *panels, int32_t rows, int32
     w.k = k;
     constexpr int kBatch = 240;
     size_t n = size_t(pf::smaller(count, kBatch)), width = size_t(k);
-    pf::Buffer<int8_t> codes, packed;
-    pf::Buffer<float> scales;
-    pf::Buffer<int32_t> offsets, packed_offsets;
-    if (!codes.allocate(n * width) || !packed.allocate(n * width) || !scales.allocate(n) || !offsets.allocate(n * width / pf::kGroup) ||
-        !packed_offsets.allocate(n * width / pf::kGroup)) {
-        return PF_NO_MEMORY;
-    }
+    pf::RowMemory memory;
+    if (!memory.allocate(n, width)) return PF_NO_MEMORY;
     for (int first = 0; first < count; first += kBatch) {
-        pf::Rows rows_of_x;
-        rows_of_x.count = pf::smaller(kBatch, count - first);
-        rows_of_x.k = k;
-        rows_of_x.codes = codes.data();
-        rows_of_x.packed = packed.data();
-        rows_of_x.scales = scales.data();
-        rows_of_x.offsets = offsets.data();
-        rows_of_x.packed_offsets = packed_offsets.data();
+        pf::Rows rows_of_x = memory.rows(0, pf::smaller(kBatch, count - first), k);
         for (int t = 0; t < rows_of_x.count; ++t) {
             size_t at = size_t(t) * width;
-            ops->quantize_row(x + size_t(first) * width + at, k, codes.data() + at, &scales[size_t(t)], offsets.data() + at / pf::kGroup);
+            ops->quantize_row(x + size_t(first) * width + at, k, rows_of_x.codes + at, rows_of_x.scales + t, rows_of_x.offsets + at / pf::kGroup);
         }
         if (rows_of_x.count > 1 && ops->pack_rows != nullptr) ops->pack_rows(rows_of_x, 0, rows_of_x.count);
         ops->multiply(w, rows_of_x, 0, w.panels(), y + size_t(first) * size_t(rows), size_t(rows));

@@ -107,6 +107,13 @@ pf_status PackedFile::read_tensors(const Error &error) {
             return error.set(PF_BAD_FILE, "tensor %s: offset: it overlaps tensor %s", tensor.name, before.name);
         }
     }
+    if (!by_name_.allocate(count)) return error.set(PF_NO_MEMORY, "no memory for the list of %zu tensors", count);
+    for (size_t i = 0; i < count; ++i) by_name_[i] = &tensors_[i];
+    qsort(by_name_.data(), count, sizeof(const Tensor *), [](const void *a, const void *b) {
+        const Tensor *x = *static_cast<const Tensor *const *>(a), *y = *static_cast<const Tensor *const *>(b);
+        int order = strcmp(x->name, y->name);
+        return order != 0 ? order : x < y ? -1 : 1;
+    });
     return PF_OK;
 }
 
@@ -167,10 +174,13 @@ pf_status PackedFile::read_tensor(int node, Tensor *tensor, const Error &error) 
 }
 
 const Tensor *PackedFile::find(const char *name) const {
-    for (size_t i = 0; i < count_; ++i) {
-        if (strcmp(tensors_[i].name, name) == 0) return &tensors_[i];
+    size_t begin = 0, end = count_;
+    while (begin < end) {
+        size_t middle = (begin + end) / 2;
+        if (strcmp(by_name_[middle]->name, name) < 0) begin = middle + 1;
+        else end = middle;
     }
-    return nullptr;
+    return begin < count_ && strcmp(by_name_[begin]->name, name) == 0 ? by_name_[begin] : nullptr;
 }
 
 } // namespace pf

@@ -39,6 +39,7 @@ class PackedFile {
     const char *metadata() const { return reinterpret_cast<const char *>(bytes_ + header_.metadata_offset); }
     size_t metadata_bytes() const { return size_t(header_.metadata_bytes); }
     size_t size() const { return size_; }
+    size_t tensors() const { return count_; }
     const Tensor *find(const char *name) const;
     const uint8_t *data(const Tensor &tensor) const { return bytes_ + tensor.offset; }
 
@@ -52,7 +53,8 @@ class PackedFile {
     bool mapped_ = false;
     Header header_ = {};
     Json json_;
-    Buffer<Tensor> tensors_;  // sorted by offset
+    Buffer<Tensor> tensors_;          // sorted by offset
+    Buffer<const Tensor *> by_name_;  // of equal names, the first in the file
     size_t count_ = 0;
 };
 

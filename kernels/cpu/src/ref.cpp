@@ -147,6 +147,6 @@ using F = FloatOps<Lanes>;
 using A = AttentionOps<Lanes>;
 const Ops kRefOps = {"ref",   always,      multiply,  nullptr,  F::quantize_row, F::rms_norm,   F::rope,
                      F::swiglu, F::add, A::store_kv, A::attend, F::log_sum_exp,
-                      F::exponentials, nullptr, F::read};
+                       F::exponentials, F::router, F::add_scaled, nullptr, F::read};
 
 } // namespace pf

@@ -50,21 +50,21 @@ pf_status pf_session::create(const Error &error) {
         return error.set(PF_BAD_ARGUMENT, "kv_type=%d; expected 0 (f32), 1 (f16) or 2 (int8)", options.kv_type);
     }
     if (options.batch < 0 || options.batch > 4096) return error.set(PF_BAD_ARGUMENT, "batch=%d; expected 0 to 4096", options.batch);
-    int batch = pf::smaller(options.batch == 0 ? 128 : options.batch, options.context);
+    // Experts see a fraction of the tokens: of a larger batch they read their weights once for more of them.
+    int batch = pf::smaller(options.batch > 0 ? options.batch : c.moe_layers() > 0 ? 512 : 128, options.context);
     options.batch = batch;
     layout.head_dim = c.head_dim;
     layout.type = options.kv_type;
 
-    size_t n = size_t(batch), widest = size_t(pf::larger(c.hidden_size, pf::larger(c.query_size(), c.ffn_size)));
+    size_t n = size_t(batch), widest = size_t(pf::larger(c.hidden_size, pf::larger(c.query_size(), c.widest_ffn())));
     size_t qkv = pf::round_up(size_t(c.query_size() + 2 * c.kv_size()), pf::kPanel), vocabulary = pf::round_up(size_t(c.vocab_size), pf::kPanel);
     scores_stride_ = size_t(pf::kQueryTile) * (pf::round_up(size_t(options.context), pf::kPanel) + 2 * pf::kPanel);
     bool good = x_.allocate(n * size_t(c.hidden_size)) && normed_.allocate(n * widest) && qkv_.allocate(n * qkv) &&
-                mixed_.allocate(n * size_t(c.query_size())) && gate_up_.allocate(n * 2 * size_t(c.ffn_size)) &&
+                mixed_.allocate(n * size_t(c.query_size())) && gate_up_.allocate(n * 2 * size_t(pf::larger(c.ffn_size, c.shared_size))) &&
                 product_.allocate(n * size_t(c.hidden_size)) && logits_.allocate(size_t(pf::smaller(kHeadTile, batch)) * vocabulary) &&
-                scores_.allocate(scores_stride_ * size_t(options.threads)) && codes_.allocate(n * widest) && packed_.allocate(n * widest) &&
-                offsets_.allocate(n * widest / pf::kGroup) && packed_offsets_.allocate(n * widest / pf::kGroup) && scales_.allocate(n) &&
+                scores_.allocate(scores_stride_ * size_t(options.threads)) && row_memory_.allocate(n, widest) &&
                 cos_.allocate(size_t(options.context) * size_t(c.head_dim)) && sin_.allocate(size_t(options.context) * size_t(c.head_dim)) &&
-                caches_.allocate(size_t(c.executed()));
+                caches_.allocate(size_t(c.executed())) && (c.moe_layers() == 0 || mixture.allocate(c, batch, options.threads));
     if (!good) return error.set(PF_NO_MEMORY, "no memory for the scratch of a session of %d tokens", options.context);
     size_t total = 0;
     for (int pass = 0; pass < 2; ++pass) {
@@ -85,11 +85,6 @@ pf_status pf_session::create(const Error &error) {
     kv_bytes = total;
     if (!pool.start(options.threads)) return error.set(PF_NO_MEMORY, "the system starts no %d threads", options.threads);
     fill_rope();
-    rows_.codes = codes_.data();
-    rows_.packed = packed_.data();
-    rows_.scales = scales_.data();
-    rows_.offsets = offsets_.data();
-    rows_.packed_offsets = packed_offsets_.data();
     return PF_OK;
 }
 
@@ -198,11 +193,18 @@ pf_status pf_session_nll(pf_session *session, const int32_t *tokens, const int32
     return session->eval(tokens, labels, count, false, nullptr, nll, Error(text, size));
 }
 
+void pf_session_experts(const pf_session *session, uint64_t *hits, uint64_t *tokens, uint64_t *read_bytes) {
+    const pf::Mixture &mixture = session->mixture;
+    if (hits != nullptr && mixture.hits.size() > 0) memcpy(hits, mixture.hits.data(), mixture.hits.size() * sizeof(uint64_t));
+    if (tokens != nullptr) *tokens = mixture.tokens;
+    if (read_bytes != nullptr) *read_bytes = mixture.read_bytes;
+}
+
 int32_t pf_operation_count(void) { return pf::kOperations; }
 
 const char *pf_operation_name(int32_t index) {
     static const char *const names[] = {"embed",    "norm",   "quantize", "qkv",  "rope and cache", "attention",
-                                        "attention out", "gate and up", "swiglu", "down", "head"};
+                                        "attention out", "gate and up", "swiglu", "down", "head", "route", "gather", "mix"};
     return index >= 0 && index < pf::kOperations ? names[index] : nullptr;
 }
 

@@ -180,9 +180,10 @@ void multiply(const Matrix &w, const Rows &x, int begin, int end, float *y, size
         for (int p = begin + step * kStreams; p < end; ++p) int4_vector<1>(w, p, 0, x, y);
         return;
     }
+    int tile = tile_rows(x.count, kTile);
     for (int p = begin; p < end; ++p) {
-        for (int t = 0; t < x.count; t += kTile) {
-            int count = smaller(kTile, x.count - t);
+        for (int t = 0; t < x.count; t += tile) {
+            int count = smaller(tile, x.count - t);
             const int8_t *codes = x.count == 1 ? x.codes : x.packed + size_t(t) * size_t(x.k);
             const int32_t *offsets = x.count == 1 ? x.offsets : x.packed_offsets + size_t(t) * size_t(w.groups());
             kTiles[count - 1](w, w.panel(p), codes, offsets, x.scales + t, y + size_t(p) * kPanel + size_t(t) * stride, stride,
@@ -220,7 +221,7 @@ using F = FloatOps<Lanes>;
 using A = AttentionOps<Lanes>;
 const Ops kAvx2Ops = {"avx2",  supported, multiply, pack,        F::quantize_row, F::rms_norm,
                       F::rope, F::swiglu, F::add,   A::store_kv, A::attend,       F::log_sum_exp,
-                      F::exponentials, burn, F::read};
+                       F::exponentials, F::router, F::add_scaled, burn, F::read};
 
 } // namespace pf
 #endif

@@ -20,7 +20,7 @@ void mend_checksums(uint8_t *bytes, size_t size) {
 }
 
 bool small(const pf::Config &c) {
-    return c.vocab_size <= 4096 && c.hidden_size <= 512 && c.ffn_size <= 1024 && c.executed() <= 8 && c.query_size() <= 1024;
+    return c.vocab_size <= 4096 && c.hidden_size <= 512 && c.widest_ffn() <= 1024 && c.router.experts <= 64 && c.executed() <= 8 && c.query_size() <= 1024;
 }
 
 int try_bytes(const uint8_t *data, size_t size) {
