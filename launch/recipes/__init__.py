@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from launch.config import Recipe
-from launch.recipes import guard, mobilellm, mobilellm_flash, mobilellm_pro, mobilellm_r1, mobilemoe, quickstart, scaling
+from launch.recipes import (
+    guard,
+    mobilellm,
+    mobilellm_flash,
+    mobilellm_pro,
+    mobilellm_r1,
+    mobilemoe,
+    quickstart,
+    scaling,
+)
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "quickstart": quickstart.quickstart,
