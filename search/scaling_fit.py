@@ -95,7 +95,10 @@ def _fit_part(runs: Sequence[Run], prior: Prior | None, bootstraps: int, draw: n
     # by more than its 1, by as much as fitting took off the residuals (the factor HC1 of MacKinnon and White 1985).
     weights = draw.dirichlet(np.full(len(runs), spare / len(runs)), bootstraps) * len(runs)
     moves = problem.alike(theta)
-    draws = [problem.solve(theta, moves, row, STEPS_OF_A_DRAW) for row in weights]
+    # What only the prior tells varies as the prior does: its middle is drawn, too.
+    widths = np.array(prior.widths) if prior else np.zeros(9)
+    bases = problem.base + widths * draw.normal(size=(bootstraps, 9))
+    draws = [problem.solve(theta, moves, row, STEPS_OF_A_DRAW, base) for row, base in zip(weights, bases, strict=True)]
     losses = np.array([run.loss for run in runs])
     sizes = [run.size(embedding) / BILLION for run in runs]
     tokens, experts = [run.tokens / BILLION for run in runs], [run.experts for run in runs]
@@ -171,13 +174,15 @@ class _Problem:
         """[9, runs]: of the log loss by each constant."""
         return np.concatenate([shares[0] * self.capacity, shares[1] * self.data, shares[2:]])
 
-    def objective(self, theta: Array, weights: Array | None = None) -> tuple[float, Array]:
+    def objective(
+        self, theta: Array, weights: Array | None = None, base: Array | None = None
+    ) -> tuple[float, Array]:
         """Huber's loss over HUBER^2, as a likelihood is, plus the prior's half squares; and its gradient."""
         weights = self.even if weights is None else weights
         shares, predicted = self._terms(theta)
         left = predicted - self.target
         inner = np.clip(left, -HUBER, HUBER)
-        off = self.pull * (theta - self.base)
+        off = self.pull * (theta - (self.base if base is None else base))
         value = (weights * inner * (left - inner / 2)).sum() + (off**2).sum() / 2
         gradient = self._slopes(shares) @ (weights * inner) + self.pull * off
         return float(value) / HUBER**2, gradient / HUBER**2
@@ -197,12 +202,14 @@ class _Problem:
         moves[self.free] = vectors / np.sqrt(np.maximum(values, 1e-9 * values[-1]))
         return moves
 
-    def solve(self, start: Array, moves: Array, weights: Array, steps: int = 3000) -> Array:
+    def solve(
+        self, start: Array, moves: Array, weights: Array, steps: int = 3000, base: Array | None = None
+    ) -> Array:
         """The minimum that L-BFGS finds from there, along `moves`."""
         from scipy.optimize import minimize
 
         def along(x: Array) -> tuple[float, Array]:
-            value, gradient = self.objective(start + moves @ x, weights)
+            value, gradient = self.objective(start + moves @ x, weights, base)
             return value, moves.T @ gradient
 
         with np.errstate(over="ignore", invalid="ignore"):
