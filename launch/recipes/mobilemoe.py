@@ -19,6 +19,7 @@ from launch.recipes.common import COMMONSENSE, hf_source, int4_qat
 from launch.recipes.quickstart import quickstart
 from modeling.families import FAMILIES
 from modeling.moe_config import MoEConfig
+from quant.spec import QuantSpec
 from stages.config import CheckpointConfig, MoETrainConfig, OptimConfig, ParallelConfig, StageConfig, TrainConfig
 
 _NEMOTRON = "nvidia/Llama-Nemotron-Post-Training-Dataset"
@@ -77,7 +78,7 @@ def mobilemoe(name: str) -> Recipe:
             optim=OptimConfig(lr=4e-5, schedule="linear"), moe=DROPPING,
         ),
         sft=sft,
-        qat=int4_qat(sft, lr=4e-6, steps=5_000),
+        qat=replace(int4_qat(sft, lr=4e-6, steps=5_000), quant=QuantSpec(expert_axis="output")),
         train=TrainConfig(
             held_out=(
                 HeldOutConfig(name="pretrain", sources=("fineweb_edu", "finemath")),
