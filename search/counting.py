@@ -10,6 +10,7 @@ from functools import cached_property
 
 from modeling.config import AttentionKind, ModelConfig
 from search.candidate import NUMBERS, Candidate, Limits
+from search.experts import IDLE
 from search.patterns import PatternCounts
 
 
@@ -57,6 +58,8 @@ class Counting:
         found = []
         for values in itertools.product(*(self.choices[name] for name in NUMBERS)):
             numbers = Candidate(**dict(zip(NUMBERS, values, strict=True)), attention=())
+            if numbers.experts == 1 and any(getattr(numbers, name) != self.choices[name][0] for name in IDLE):
+                continue  # the same dense model as with the first values
             if self.limits.number_violations(numbers):
                 continue
             if ways := self._count_patterns(numbers):
