@@ -28,8 +28,10 @@ class Counting:
         return sum(count for _, count in self.feasible_numbers)
 
     def sample(self, draw: random.Random) -> Candidate:
-        """Sizes uniform over the feasible ones, then the pattern uniform over theirs."""
-        numbers, _ = draw.choice(self.feasible_numbers)
+        """Sizes uniform over the feasible ones, then the pattern uniform over theirs. The number of experts comes first: else
+        hardly a model were dense, since mixtures have two dimensions more."""
+        groups = self._by_experts
+        numbers, _ = draw.choice(groups[0] if len(groups) == 1 else draw.choice(groups))
         patterns = self._patterns(numbers)
         allowed = self._allowed_counts(numbers)
         wanted = draw.choices([pair for pair, _ in allowed], [ways for _, ways in allowed])[0]
@@ -65,6 +67,13 @@ class Counting:
             if ways := self._count_patterns(numbers):
                 found.append((numbers, ways))
         return found
+
+    @cached_property
+    def _by_experts(self) -> list[list[tuple[Candidate, int]]]:
+        groups: dict[int, list[tuple[Candidate, int]]] = {}
+        for item in self.feasible_numbers:
+            groups.setdefault(item[0].experts, []).append(item)
+        return list(groups.values())
 
     def _count_patterns(self, numbers: Candidate) -> int:
         counts = self._patterns(numbers).by_counts(numbers.num_layers)

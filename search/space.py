@@ -185,7 +185,7 @@ class Space:
         return math.prod(several.values()) * (mixtures + (1 in self.choices["experts"])) * patterns
 
     def sample(self, draw: random.Random, count: int) -> list[Candidate]:
-        """Feasible candidates, independent: sizes uniform over the feasible ones, then the pattern uniform over theirs.
+        """Feasible candidates, independent: experts uniform, sizes uniform over the feasible ones, then the pattern.
 
         Not uniform over the whole space, where nearly all candidates are of the deepest kind: 3^16 patterns against 3^10.
         """
