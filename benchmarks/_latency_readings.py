@@ -36,6 +36,13 @@ SPACE = Space.from_dict({
     "fixed": {"vocab_size": 8192, "max_positions": 2048, "window": 128},
 })  # fmt: skip
 """4 to 60 million parameters; layers with full, window or no attention; blocks run once or twice."""
+MIXTURES = Space.from_dict({
+    "num_layers": [2, 3, 4, 6], "hidden_size": [128, 192, 256, 320, 384], "ffn_size": [256, 512, 768, 1024],
+    "num_heads": [4, 6], "num_kv_heads": [1, 2], "head_dim": [32, 64], "experts": [1, 2, 4, 8], "granularity": [1, 2, 4, 8],
+    "shared_experts": [0, 1, 2, 4], "attention": ["full", "window"],
+    "fixed": {"vocab_size": 8192, "max_positions": 2048, "window": 128},
+})  # fmt: skip
+"""With `--experts`: dense models and mixtures of up to 64 experts, of which 1 to 8 are active; 1 to 60 million parameters."""
 KV = "int8"
 FIRST = 40
 """Readings before the first fit."""
@@ -53,11 +60,23 @@ class Setting:
     threads: int = 1
     processor_time: bool = False
     """Jobs end with processor time, which other programs disturb less; wall times are among their samples."""
+    experts: bool = False
+    """Of the space with mixtures of experts."""
     seed: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.threads}x{self.prompt_tokens}-{'processor' if self.processor_time else 'wall'}"
+        clock = "processor" if self.processor_time else "wall"
+        return f"{self.threads}x{self.prompt_tokens}-{clock}{'-experts' if self.experts else ''}"
+
+    @property
+    def space(self) -> Space:
+        return MIXTURES if self.experts else SPACE
+
+    def spec(self) -> dict[str, Any]:
+        """What the database is of; that of a dense space as it was before there were others."""
+        values = {name: value for name, value in asdict(self).items() if name != "experts" or value}
+        return {"setting": values, "space": self.space.to_dict()}
 
     @property
     def policy(self) -> Policy:
@@ -78,7 +97,7 @@ def settings_in(folder: Path) -> list[Setting]:
     """Of the databases that lie there, by name."""
     found = []
     for path in sorted(folder.glob("*.db")):
-        if match := re.fullmatch(r"(\d+)x(\d+)-(processor|wall)", path.stem):
+        if match := re.fullmatch(r"(\d+)x(\d+)-(processor|wall)(-experts)?", path.stem):
             with closing(Store.read(path)) as store:
                 found.append(Setting(**store.spec["setting"]))
                 assert found[-1].name == match.group(0)
@@ -93,12 +112,11 @@ def opened(folder: Path, setting: Setting, max_readings: int, until: float) -> I
         if time.time() > until:
             raise OutOfTimeError
 
-    spec = {"setting": asdict(setting), "space": SPACE.to_dict()}
-    with closing(Store.open(folder / f"{setting.name}.db", spec)) as store:
+    with closing(Store.open(folder / f"{setting.name}.db", setting.spec())) as store:
         farm = Farm(store, [Member(open_device("local"))], policy=setting.policy)
         farm.queue.recover()
         build = build_once(folder / "shapes", write_pocket, config_key)
-        yield Readings(farm, SPACE, setting.plan(max_readings), build, tick=tick)
+        yield Readings(farm, setting.space, setting.plan(max_readings), build, tick=tick)
 
 
 def measure(
@@ -108,16 +126,16 @@ def measure(
 
     False where the time was over before the end. Conditions and load are kept with the readings.
     """
-    until, load = time.time() + 60 * minutes, os.getloadavg()[0]
+    until, load, space = time.time() + 60 * minutes, os.getloadavg()[0], setting.space
     with opened(folder, setting, readings, until) as bought:
         try:
             with bought.farm:
                 learn_latency(bought, setting.seed, {"ttft_ms": None})
                 taken = {job.name for job in bought.queue.jobs(kind="measure") if job.name.startswith("latency/")}
-                more = [c for c in SPACE.sample(random.Random(f"more {setting.seed}"), readings)
-                        if f"latency/{SPACE.key(c)}" not in taken]  # fmt: skip
+                more = [c for c in space.sample(random.Random(f"more {setting.seed}"), readings)
+                        if f"latency/{space.key(c)}" not in taken]  # fmt: skip
                 _take(bought, "latency", more[: max(0, readings - len(taken))])
-                unseen = [c for c in held_out_candidates(held_out) if f"latency/{SPACE.key(c)}" not in taken]
+                unseen = [c for c in held_out_candidates(space, held_out) if f"latency/{space.key(c)}" not in taken]
                 _take(bought, "held", unseen)
                 _take(bought, "again", unseen[:again])
         except OutOfTimeError:
@@ -127,22 +145,22 @@ def measure(
     return True
 
 
-def held_out_candidates(count: int) -> list[Candidate]:
+def held_out_candidates(space: Space, count: int) -> list[Candidate]:
     """The same ones for every setting."""
-    return SPACE.sample(random.Random("held out"), count)
+    return space.sample(random.Random("held out"), count)
 
 
 def _take(readings: Readings, part: str, candidates: list[Candidate]) -> None:
-    readings.wait([readings.submit(f"{part}/{SPACE.key(candidate)}", candidate) for candidate in candidates])
+    readings.wait([readings.submit(f"{part}/{readings.space.key(candidate)}", candidate) for candidate in candidates])
 
 
-def build_ahead(folder: Path, held_out: int, readings: int) -> None:
+def build_ahead(folder: Path, space: Space, held_out: int, readings: int) -> None:
     """Write the packed files that are sure to be wanted, so that a quiet round is not spent on it."""
     build = build_once(folder / "shapes", write_pocket, config_key)
     seed = Setting(prompt_tokens=1).seed
-    for candidate in [*SPACE.sample(random.Random(seed), FIRST), *SPACE.sample(random.Random(f"more {seed}"), readings),
-                      *held_out_candidates(held_out)]:  # fmt: skip
-        build(SPACE.to_config(candidate))
+    for candidate in [*space.sample(random.Random(seed), FIRST), *space.sample(random.Random(f"more {seed}"), readings),
+                      *held_out_candidates(space, held_out)]:  # fmt: skip
+        build(space.to_config(candidate))
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,7 @@ def load(folder: Path, setting: Setting, metric: str, clock: Clock) -> dict[str,
             stored = next(item for item in stored_readings(store, job) if item.role == "result")
             value = _value(stored, setting, metric, clock)
             if value is not None:
-                config = SPACE.to_config(SPACE.from_key(key))
+                config = setting.space.to_config(setting.space.from_key(key))
                 reading = Reading(config=config, value=value[0], std_error=value[1] or None, fidelity=stored.fidelity)
                 found[part].append(Read(key, reading))
     return found

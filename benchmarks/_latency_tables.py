@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,14 @@ def setting_figures(folder: Path, setting: Setting) -> Iterator[dict[str, Any]]:
                 "models": {count: {"kind": model.kind, "gates": model.report().to_dict(), **held_out_figures(model, held)}
                            for count, model in models.items()},
                 "proxies": {name: proxy_figures(name, setting, metric, train, held) for name in PROXIES},
-                "again": repeatability(held, parts["again"]),
+                "mixtures": mixture_figures(models, held), "again": repeatability(held, parts["again"]),
             }  # fmt: skip
+
+
+def mixture_figures(models: Mapping[int, LatencyModel], held: Sequence[Read]) -> dict[str, Any] | None:
+    """Of the held-out mixtures of experts alone, by the model of all readings; None of a space without them."""
+    mixed = [read for read in held if read.reading.config.moe is not None]
+    return {"count": len(mixed), **held_out_figures(models[max(models)], mixed)} if len(mixed) > 1 else None
 
 
 def clocks(setting: Setting, metric: str) -> tuple[Clock, ...]:
@@ -104,6 +110,8 @@ def figures_text(found: dict[str, Any]) -> list[str]:
         missed = [name for name, aim in AIMS.items() if (model[name] > aim if name == "mape" else model[name] < aim)]
         verdict = f"  misses {', '.join(missed)}" if missed else "  reaches the aims"
         lines.append(_line(f"{count} readings ({model['kind']})", model) + verdict)
+    if mixtures := found["mixtures"]:
+        lines.append(_line(f"{mixtures['count']} mixtures, {max(found['models'])} readings", mixtures))
     for name, figures in found["proxies"].items():
         lines.append(_line(f"{name}, one factor", figures))
     if found["again"]["pairs"]:

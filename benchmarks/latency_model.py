@@ -2,6 +2,7 @@
 
     python benchmarks/latency_model.py --folder runs/latency --processor-time          # about ten minutes, then the tables
     python benchmarks/latency_model.py --folder runs/latency --threads 2 --prompt-tokens 128
+    python benchmarks/latency_model.py --folder runs/mixtures --experts --processor-time --prompt-tokens 128
     python benchmarks/latency_model.py --folder runs/latency --refit                   # the tables again; measures nothing
 
 Readings are bought through the farm as a search buys them (search/readings.py): 40 at random, then 20 at a time where they are
@@ -9,11 +10,12 @@ worth most, until the gates are met. Then random ones follow up to `--readings`,
 are worth; then architectures drawn independently, which no model sees, and some of those once more, last. Weights are random.
 Everything read is kept in the folder, and a setting that was stopped goes on: `--minutes` bounds a round.
 
-With `--processor-time` a job ends with the processor time of one thread, as `Policy.processor_time` has it for a computer that
-others use too; wall times are among the same repeats and get tables of their own. The tables are of all settings in the
-folder: the model's figures, those of proxies (times one factor, fitted to the same readings), how far the same architecture
-read again is off (which bounds what any model can reach), and what `transfer` makes of one setting's model and a few
-readings of another, as if that were another device.
+With `--experts` the architectures are dense models and mixtures of experts; the held-out mixtures are also told by
+themselves. With `--processor-time` a job ends with the processor time of one thread, as `Policy.processor_time` has it for a
+computer that others use too; wall times are among the same repeats and get tables of their own. The tables are of all
+settings in the folder: the model's figures, those of proxies (times one factor, fitted to the same readings), how far the same
+architecture read again is off (which bounds what any model can reach), and what `transfer` makes of one setting's model and a
+few readings of another, as if that were another device.
 Refuses to print while the tests of the model and of the kernels are red. `--output F.json` also keeps the figures.
 """
 
@@ -31,7 +33,7 @@ sys.path[0] = str(ROOT)
 
 from benchmarks import _latency_tables as tables  # noqa: E402
 from benchmarks import train_step  # noqa: E402
-from benchmarks._latency_readings import KV, SPACE, Setting, build_ahead, fits, measure, rounds, settings_in  # noqa: E402
+from benchmarks._latency_readings import KV, Setting, build_ahead, fits, measure, rounds, settings_in  # noqa: E402
 
 TRANSFER = (10, 20, 30, 50)
 TESTS = ("tests/search/test_latency.py", "tests/kernels/test_check.py")
@@ -40,10 +42,11 @@ TESTS = ("tests/search/test_latency.py", "tests/kernels/test_check.py")
 def main() -> int:
     options = arguments()
     if options.build_only:
-        build_ahead(options.folder, options.held_out, options.readings)
+        build_ahead(options.folder, Setting(prompt_tokens=1, experts=options.experts).space, options.held_out, options.readings)
         return 0
     if not options.refit:
-        setting = Setting(prompt_tokens=options.prompt_tokens, threads=options.threads, processor_time=options.processor_time)
+        setting = Setting(prompt_tokens=options.prompt_tokens, threads=options.threads, processor_time=options.processor_time,
+                          experts=options.experts)  # fmt: skip
         done = measure(options.folder, setting, readings=options.readings, held_out=options.held_out, again=options.again,
                        minutes=options.minutes, conditions=train_step.conditions())  # fmt: skip
         if not done:
@@ -65,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processor-time", action="store_true", help="judge readings by processor time (one thread only)")
+    parser.add_argument("--experts", action="store_true", help="dense models and mixtures of experts")
     parser.add_argument("--readings", type=int, default=150, help="at most (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=60, help="architectures to predict (default: %(default)s)")
     parser.add_argument("--again", type=int, default=20, help="of those, read twice (default: %(default)s)")
@@ -88,7 +92,7 @@ def arguments() -> argparse.Namespace:
 def all_tables(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """Of every setting in the folder that has enough readings."""
     lines = [f"{key}: {value}" for key, value in train_step.conditions().items()]
-    lines.append(f"space: {SPACE.size():,} architectures; cache of keys and values: {KV}")
+    lines.append(f"cache of keys and values: {KV}")
     kept: dict[str, Any] = {"settings": [], "transfer": []}
     settings = settings_in(folder)
     for setting in settings:
@@ -97,7 +101,9 @@ def all_tables(folder: Path) -> tuple[list[str], dict[str, Any]]:
             lines += ["", *tables.figures_text(found)]
             kept["settings"].append(found)
     for old, new in itertools.permutations(settings, 2):
-        if old.threads <= new.threads and (found := tables.transfer_figures(folder, old, new, TRANSFER)):
+        if old.threads > new.threads or old.experts != new.experts:
+            continue
+        if found := tables.transfer_figures(folder, old, new, TRANSFER):
             lines += ["", *tables.transfer_text(found)]
             kept["transfer"].append(found)
     return lines, kept
@@ -107,7 +113,8 @@ def measured_text(folder: Path, setting: Setting) -> list[str]:
     """How a setting's readings came about."""
     clock = "processor time" if setting.processor_time else "wall time"
     lines = [f"== {setting.threads} thread{'s' if setting.threads > 1 else ''}, prompt of {setting.prompt_tokens} tokens, then "
-             f"{setting.decode_tokens} tokens decoded; jobs judged by {clock}"]  # fmt: skip
+             f"{setting.decode_tokens} tokens decoded; jobs judged by {clock}; {setting.space.size():,} architectures"
+             f"{', with mixtures of experts' if setting.experts else ''}"]  # fmt: skip
     for number, part in enumerate(rounds(folder, setting), 1):
         before, after = part["load"]
         lines.append(f"round {number}: revision {part['conditions']['revision']}, load {before:.1f} before, {after:.1f} after")

@@ -4,7 +4,7 @@
     python launch/sweep.py --recipe flash_latency --device ssh://phone --quality.backbone RUN --output-dir runs/flash
     python launch/sweep.py status DIR              what there is
     python launch/sweep.py resume DIR              go on, also after a kill; --trials N for more, --retrain K to train picks
-    python launch/sweep.py export DIR --pick 3     recipes with inherited checkpoints, for launch/recipe.py --init-from
+    python launch/sweep.py export DIR --pick 3     recipes, with inherited checkpoints, for launch/recipe.py --init-from
     python launch/sweep.py check DIR               does the database agree with the optimizer's state?
     python launch/sweep.py replay DIR              does the optimizer ask the same again, given the stored answers?
 
@@ -211,7 +211,7 @@ def _status(directory: Path, sweep: SweepRecipe) -> None:
 
 
 def _export(directory: Path, sweep: SweepRecipe, count: int, output: Path) -> None:
-    from launch.sweep_picks import export_picks
+    from launch.sweep_picks import export_picks, start_of
 
     if count < 1:
         raise InputError(f"--pick {count}; expected at least 1")
@@ -220,8 +220,7 @@ def _export(directory: Path, sweep: SweepRecipe, count: int, output: Path) -> No
     if output.exists() and any(output.iterdir()):
         raise InputError(f"--output {output} is not empty; name another, nothing is overwritten")
     for folder in export_picks(sweep, directory, count, output, _say):
-        sys.stdout.write(f"{folder}: python launch/recipe.py --recipe {folder}/recipe.toml --init-from {folder} "
-                         f"--output-dir runs/{folder.name}\n")
+        sys.stdout.write(f"{folder}: python launch/recipe.py {' '.join(start_of(folder))} --output-dir runs/{folder.name}\n")
 
 
 def _say(text: str) -> None:

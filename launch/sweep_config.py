@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from launch.config import Recipe, first_problem, plain, read_toml
 from launch.overrides import apply_overrides
 from search.candidate import check_tables
+from search.experts import rule_of
 from search.metrics import Point, metrics_at
 from search.optim.catalog import Kind
 from search.space import Space
@@ -121,12 +122,13 @@ class GoalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QualityConfig:
-    """How a candidate gets its quality: cut from the backbone, trained briefly, scored on held-out text."""
+    """How a candidate gets its quality: made, trained briefly, scored on held-out text."""
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    source: Literal["pruned", "supernet"] = "pruned"
-    """`supernet`: one set of shared weights is trained on all architectures first, and each is scored with it as it is."""
+    source: Literal["pruned", "supernet", "scratch"] = "pruned"
+    """`supernet`: one set of shared weights is trained on all architectures first, and each is scored with it as it is.
+    `scratch`: each is trained from random weights, also mixtures of experts."""
     routing: Literal["layer", "neuron", "plain"] = "layer"
     """How a supernet mixes its experts by architecture; `plain` has none."""
     supernet_steps: Positive = 1000
@@ -171,17 +173,16 @@ class SweepRecipe:
 
     def __post_init__(self) -> None:
         space = self.make_space()
+        check_source(self.quality, self.recipe, space)
         model = self.recipe.model
-        for name in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads"):
+        cut = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads")
+        for name in cut if self.quality.source != "scratch" else ():
             largest, has = max(space.choices[name]), getattr(model, name)
             if name == "num_layers":
                 has *= model.block_repeat
             if largest > has:
                 raise ValueError(f"space.{name} goes up to {largest}, the backbone has {has}: it cannot be cut from it; "
                                  "take smaller choices or a larger recipe.model")  # fmt: skip
-        if self.quality.source == "supernet" and (self.quality.backbone or self.recipe.pretrain is None):
-            raise ValueError("quality.source supernet trains its own weights on the recipe's pretrain stage; leave "
-                             "quality.backbone empty and give the recipe that stage")  # fmt: skip
         if unknown := [name for name in self.retrain_steps if name not in self.recipe.stages()]:
             raise ValueError(f"retrain_steps has {unknown[0]}; the recipe has {', '.join(self.recipe.stages())}")
         measured = [metric.name for metric in metrics_at(self.points(), self.main)]
@@ -210,7 +211,8 @@ class SweepRecipe:
         model = self.recipe.model
         shared = ("vocab_size", "max_positions", "rope_theta", "norm_eps", "init_std", "tie_embeddings", "qk_norm", "window")
         check_tables(self.space)
-        fixed = {name: getattr(model, name) for name in shared} | dict(self.space.get("fixed", {}))
+        rule = {} if model.moe is None else {"moe": rule_of(model.moe)}
+        fixed = {name: getattr(model, name) for name in shared} | rule | dict(self.space.get("fixed", {}))
         if fixed["vocab_size"] != model.vocab_size:
             raise ValueError(f"space.fixed.vocab_size={fixed['vocab_size']!r}, the backbone has {model.vocab_size}; omit it")
         limits = {"context": self.device.prompt_tokens, "kv_bits": {"f32": 32, "f16": 16, "int8": 8}[self.device.kv]}
@@ -226,6 +228,20 @@ class SweepRecipe:
         for free in ("launch", "tracking", "evaluation"):
             everything["recipe"].pop(free, None)
         return everything
+
+
+def check_source(quality: QualityConfig, recipe: Recipe, space: Space) -> None:
+    """Raises ValueError for a source of quality that the space, or the recipe, cannot have."""
+    source = quality.source
+    if source != "pruned" and (quality.backbone or recipe.pretrain is None):
+        raise ValueError(f"quality.source {source} trains its own weights on the recipe's pretrain stage; leave "
+                         "quality.backbone empty and give the recipe that stage")  # fmt: skip
+    if source != "scratch" and space.has_experts:
+        raise ValueError(f"space.experts {list(space.choices['experts'])} with quality.source {source}: a mixture is "
+                         "not cut from a dense backbone; take quality.source scratch, or experts [1]")  # fmt: skip
+    if source != "scratch" and recipe.model.moe is not None:
+        raise ValueError(f"recipe.model has experts, and quality.source {source} cuts candidates from it: only dense "
+                         "models are cut; take quality.source scratch, or a dense model")  # fmt: skip
 
 
 @cache

@@ -1,7 +1,7 @@
 """What becomes of a front: models with inherited weights to be trained on, and, where asked for, that training and its outcome.
 
-A pick is a folder: a checkpoint, `recipe.toml`, `expected.json` (what the search says of it) and, once it was trained, packed
-and measured, `final.json` beside its run.
+A pick is a folder: a checkpoint (none where candidates begin with random weights), `recipe.toml`, `expected.json` (what the
+search says of it) and, once it was trained, packed and measured, `final.json` beside its run.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from stages.errors import InputError, RunError
 if TYPE_CHECKING:
     from launch.config import Recipe
     from launch.sweep_data import Pick
+    from modeling.config import ModelConfig
 
 PICKS = "picks"
 ROOT = Path(__file__).resolve().parent.parent
 Backbone = tuple[Path, Path]
-"""(checkpoint, JSON of its importance), or a supernet's folder and nothing."""
+"""(checkpoint, JSON of its importance), or a supernet's folder and nothing, or nothing at all."""
 
 
 def predictions(store: Store) -> dict[int, dict[str, float]]:
@@ -73,7 +74,7 @@ def choose_picks(sweep: SweepRecipe, store: Store, count: int) -> list[Trial]:
 def export_picks(sweep: SweepRecipe, directory: Path, count: int, output: Path, say: Callable[[str], None]) -> list[Path]:
     """`count` models of the front, most gained for least given up first: inherited checkpoint, recipe, expectation.
 
-    Each folder is started as it is: `launch/recipe.py --recipe FOLDER/recipe.toml --init-from FOLDER`.
+    Each folder is started as it is, with `start_of`.
     """
     from launch.sweep_run import DATABASE, prepare_backbone
 
@@ -88,22 +89,13 @@ def write_pick(
 ) -> Path:
     """The folder of one; one that is whole is left as it is."""
     from launch.config import save_toml
-    from stages.checkpoint import latest
-    from stages.prune import PruneOptions, prune_checkpoint
-    from stages.state import read_model
 
     folder, space = output / f"trial-{trial.number:04d}", sweep.make_space()
     if (folder / "expected.json").is_file():
         return folder
-    checkpoint = latest(folder / "checkpoints")
-    if checkpoint is None:
-        config = space.to_config(space.unflatten(trial.config["candidate"]))
-        if sweep.quality.source == "supernet":
-            checkpoint = extract_pick(sweep, backbone[0].parent, config, folder)
-        else:
-            options = PruneOptions(variant=sweep.quality.variant, layers=sweep.quality.layers)
-            checkpoint = prune_checkpoint(*backbone, config, folder, options)
-    model, _ = read_model(checkpoint)
+    config = space.to_config(space.unflatten(trial.config["candidate"]))
+    model = config if sweep.quality.source == "scratch" else _inherit(sweep, config, backbone, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_toml(replace(_longer(sweep), name=f"{sweep.name}-{trial.number:04d}", model=model), folder / "recipe.toml")
     device, results = sweep.device, dict(trial.results or {})
     bands = {name: _band(mean, math.hypot(off, trial.noise.get(name, 0.0))) for name, (mean, off) in said.items()}
@@ -113,6 +105,27 @@ def write_pick(
         "processor_time": device.processor_time,
     })  # fmt: skip
     return folder
+
+
+def _inherit(sweep: SweepRecipe, config: ModelConfig, backbone: Backbone, folder: Path) -> ModelConfig:
+    """Write the candidate's inherited checkpoint, where it is not there yet; its model."""
+    from stages.checkpoint import latest
+    from stages.prune import PruneOptions, prune_checkpoint
+    from stages.state import read_model
+
+    checkpoint = latest(folder / "checkpoints")
+    if checkpoint is None and sweep.quality.source == "supernet":
+        checkpoint = extract_pick(sweep, backbone[0].parent, config, folder)
+    elif checkpoint is None:
+        options = PruneOptions(variant=sweep.quality.variant, layers=sweep.quality.layers)
+        checkpoint = prune_checkpoint(*backbone, config, folder, options)
+    return read_model(checkpoint)[0]
+
+
+def start_of(folder: Path) -> list[str]:
+    """Of `launch/recipe.py`: what trains a pick, from its checkpoint where it has one."""
+    inherited = ["--init-from", str(folder)] if (folder / "checkpoints").is_dir() else []
+    return ["--recipe", str(folder / "recipe.toml"), *inherited]
 
 
 def _band(mean: float, deviation: float) -> dict[str, float]:
@@ -153,8 +166,7 @@ def retrain_front(
 
 def _train(folder: Path, run: Path, tick: Callable[[], None]) -> None:
     """The command that a user would type, in a process of its own; what it says is in `run.log`."""
-    command = [sys.executable, str(ROOT / "launch" / "recipe.py"), "--recipe", str(folder / "recipe.toml"), "--init-from",
-               str(folder), "--output-dir", str(run), "--resume"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "launch" / "recipe.py"), *start_of(folder), "--output-dir", str(run), "--resume"]
     log = folder / "run.log"
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

@@ -16,6 +16,7 @@ from launch.sweep_plots import drift_chart, drift_names, front_charts, hypervolu
 from launch.sweep_text import (
     GATE_NAMES,
     best_of,
+    experts,
     facts,
     interval,
     limit_words,
@@ -63,6 +64,7 @@ def render_sweep(record: SweepRecord) -> str:
         best=[(trial, _values(record, trial)) for trial in best_of(record, record.within())[:5]],
         estimated=any(not record.measured(trials[point.trial]) for point in points),
         hatch=HATCH,
+        mixtures=any(model.moe for trial in record.trials if (model := trial.model())),
         drawings=[_tip(record, trials[point.trial], front_scale) for point in spread(points, MAX_DRAWINGS)],
         front=[_row(record, trials[point.trial], point) for point in points],
         dropped=[_row(record, trials[point.trial], point) for point in record.dropped if point.trial in trials],
@@ -153,7 +155,7 @@ def _row(record: SweepRecord, trial: TrialRecord, point: FrontPoint) -> dict[str
               for metric in record.metrics()}  # fmt: skip
     limits = Limits()
     return {"trial": trial, "confirmed": point.confirmed, "reason": point.reason, "model": model, "pattern": pattern(trial),
-            "cells": cells, "errors": errors,
+            "cells": cells, "errors": errors, "experts": experts(model).removeprefix(", ") if model else "",
             "bytes": quantity(model.weight_bytes(4, limits.group_size), Metric(name="", unit="bytes")) if model else None}
 
 

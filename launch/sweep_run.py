@@ -79,7 +79,7 @@ def run_sweep(sweep: SweepRecipe, directory: Path, say: Callable[[str], None], t
 def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
     """(checkpoint, JSON of its importance). Trains the recipe's pre-training stage where no backbone is named.
 
-    Of a search with a supernet: its folder, and nothing.
+    Of a search with a supernet: its folder, and nothing. Of one from random weights: nothing.
     """
     from launch.prune import calibrate
     from launch.runner import train_stages
@@ -90,6 +90,8 @@ def prepare_backbone(sweep: SweepRecipe, directory: Path, say: Callable[[str], N
 
     if sweep.quality.source == "supernet":
         return prepare_supernet(sweep, directory, say), Path()
+    if sweep.quality.source == "scratch":
+        return Path(), Path()
     named = sweep.quality.backbone
     if not named:
         if sweep.recipe.pretrain is None:
@@ -175,6 +177,7 @@ def write_front(path: Path, space: Space, store: Store, found: list[Trial], reco
         config = space.to_config(space.unflatten(flat))
         points.append({
             "trial": trial.number, "key": trial.key, "candidate": flat, "parameters": config.num_params(),
+            "active_parameters": config.num_active_params(),
             **{f"predicted_{name}": value for name, value in predicted.get(trial.number, {}).items()},
             **dict(trial.results or {}),
             "noise": dict(trial.noise), "confirmed": confirmed.get(trial.number),

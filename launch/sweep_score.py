@@ -71,9 +71,14 @@ def _turn(sweep_file: str) -> AbstractContextManager[None]:
 def _scorer(sweep_file: str, backbone: str, importance: str, folder: str) -> Score:
     sweep = from_dict(read_toml(Path(sweep_file)), sweep_file)
     space, quality = sweep.make_space(), sweep.quality
-    training = supernet_quality(sweep, Path(backbone)) if quality.source == "supernet" else PrunedTraining(
-        recipe=sweep.recipe, backbone=backbone, folder=folder, importance=importance, variant=quality.variant,
-        layers=quality.layers, held_out=quality.held_out,
-    )  # fmt: skip
+    if quality.source == "supernet":
+        training: Any = supernet_quality(sweep, Path(backbone))
+    else:
+        if quality.source == "scratch":
+            backbone = importance = ""
+        training = PrunedTraining(
+            recipe=sweep.recipe, backbone=backbone, folder=folder, importance=importance, variant=quality.variant,
+            layers=quality.layers, held_out=quality.held_out,
+        )  # fmt: skip
     return as_score(TrainedScorer(training), lambda flat: space.to_config(space.unflatten(flat)), quality.budget_tokens,
                     sweep.seed)  # fmt: skip

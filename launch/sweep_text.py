@@ -10,6 +10,7 @@ from typing import Literal
 
 from launch.page import DASH, count
 from launch.sweep_data import LatencyReport, Limit, Metric, SweepRecord, TrialRecord
+from modeling.config import ModelConfig
 from search.alarms import LIMIT
 
 FIDELITIES = {
@@ -76,13 +77,23 @@ def pattern(trial: TrialRecord) -> str:
 
 
 def shape(trial: TrialRecord) -> str:
-    """12 layers, width 640, FFN 2048, 10/5 heads of 64."""
+    """12 layers, width 640, FFN 2048, 10/5 heads of 64; of a mixture also: 60 experts of 256, 4 a token, shared 1024."""
     model = trial.model()
     if model is None:
         return "its stored config is no model's"
     repeat = f" \N{MULTIPLICATION SIGN} {model.block_repeat}" if model.block_repeat > 1 else ""
     return (f"{model.num_layers}{repeat} layers, width {model.hidden_size}, FFN {model.ffn_size}, "
-            f"{model.num_heads}/{model.num_kv_heads} heads of {model.head_dim}")  # fmt: skip
+            f"{model.num_heads}/{model.num_kv_heads} heads of {model.head_dim}{experts(model)}")  # fmt: skip
+
+
+def experts(model: ModelConfig) -> str:
+    """To be set behind the sizes of a model: nothing for a dense one."""
+    moe = model.moe
+    if moe is None:
+        return ""
+    shared = f", shared {moe.shared_size}" if moe.shared_size else ""
+    dense = f", the first {plural(moe.dense_layers, 'layer')} dense" if moe.dense_layers else ""
+    return f", {plural(moe.num_experts, 'expert')} of {moe.expert_size}, {moe.top_k} a token{shared}{dense}"
 
 
 def usable(report: LatencyReport) -> str:

@@ -22,6 +22,7 @@ from launch.sweep_collect import front_of
 from launch.sweep_config import SweepRecipe, to_dict
 from launch.sweep_data import FrontPoint, SweepRecord, TrialRecord
 from launch.sweep_text import pattern
+from modeling.config import ModelConfig
 from search.alarms import LIMIT
 from search.records import Trial
 from search.store import Store
@@ -131,7 +132,8 @@ def trial_row(record: TrialRecord, trial: Trial, work: tuple[str, float] | None)
     candidate = trial.config["candidate"]
     row |= {f"config/{name}": value for name, value in candidate.items() if not name.startswith("attention.")}
     if (model := record.model()) is not None:
-        row |= {"config/attention": pattern(record), "config/parameters": model.num_params()}
+        row |= {"config/attention": pattern(record), "config/parameters": model.num_params(),
+                "config/active_parameters": model.num_active_params()}  # fmt: skip
     return row
 
 
@@ -163,7 +165,8 @@ def front_table(record: SweepRecord, wandb: Any) -> Any:
     columns = ["trial", "dropped", "confirmed"]
     for metric in metrics:
         columns += [metric.name, *(f"{metric.name} {what}" for what in ("low", "high", "again", "predicted"))]
-    columns += ["layers", "width", "ffn", "heads", "kv_heads", "attention", "parameters"]
+    columns += ["layers", "width", "ffn", "heads", "kv_heads", "attention", "parameters", "active_parameters",
+                "experts", "experts_a_token", "expert_width", "shared_width"]  # fmt: skip
     rows = [_front_row(trials[point.trial], point, [metric.name for metric in metrics], gone)
             for gone, points in ((False, record.front), (True, record.dropped)) for point in points]  # fmt: skip
     return wandb.Table(columns=columns, data=rows)
@@ -176,9 +179,14 @@ def _front_row(trial: TrialRecord, point: FrontPoint, names: list[str], gone: bo
         row += [(trial.results or {}).get(name), low, high, point.again.get(name), trial.predicted.get(name)]
     model = trial.model()
     if model is None:
-        return row + [None] * 7
+        return row + [None] * 12
     return [*row, model.num_executed_layers, model.hidden_size, model.ffn_size, model.num_heads, model.num_kv_heads,
-            pattern(trial), model.num_params()]  # fmt: skip
+            pattern(trial), model.num_params(), model.num_active_params(), *_experts(model)]  # fmt: skip
+
+
+def _experts(model: ModelConfig) -> list[int | None]:
+    moe = model.moe
+    return [None] * 4 if moe is None else [moe.num_experts, moe.top_k, moe.expert_size, moe.shared_size]
 
 
 def front_picture(record: SweepRecord, path: Path, wandb: Any) -> Any:

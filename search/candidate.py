@@ -1,9 +1,9 @@
 """A point of the search space, the hard filters' limits, what is one change away, and checks of the lists of choices.
 
-A dimension is a field of `Candidate` that `ModelConfig` has under the same name: an `int` field is a choice from an ordered
-list, `attention` a choice for every stored block. A further dimension (experts, granularity, bit width of a part) is one
-more field with its default; lists, keys, neighbours, size and sampling follow from the fields. Only a dimension that
-some candidates do not use needs a line in `Space.key`, as idle attention slots have.
+A dimension is a field of `Candidate`: an `int` field is a choice from an ordered list, `attention` a choice for every stored
+block. All but those of `search.experts` are what `ModelConfig` has under the same name. A further dimension (bit width of a
+part) is one more field with its default; lists, keys, neighbours, size and sampling follow from the fields. A dimension that
+some candidates do not use needs a line in `Space.canonical` and in `Space.key`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from modeling.config import AttentionKind, ModelConfig
+from search import experts
 
 KINDS: tuple[str, ...] = get_args(AttentionKind)
 
@@ -33,10 +34,18 @@ class Candidate:
     attention: tuple[AttentionKind, ...]
     """The kind of every stored block; as many as `num_layers`."""
     block_repeat: int = 1
+    experts: int = 1
+    """Capacity of the feed-forward's experts, as a multiple of the dense one; 1 is dense."""
+    granularity: int = 1
+    """Width of the dense feed-forward over that of one expert; idle where `experts` is 1."""
+    shared_experts: int = 0
+    """So many experts are merged into one that every token uses; idle where `experts` is 1."""
 
 
 NUMBERS = tuple(item.name for item in fields(Candidate) if item.name != "attention")
-DEFAULTS = {item.name: item.default for item in fields(Candidate) if item.default is not MISSING}
+DEFAULTS: dict[str, int] = {item.name: item.default for item in fields(Candidate) if item.default is not MISSING}
+SIZES = tuple(name for name in NUMBERS if name not in experts.NAMES)
+"""The numbers that every candidate uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +93,19 @@ class Limits:
                   "num_heads * head_dim": candidate.num_heads * candidate.head_dim,
                   "num_kv_heads * head_dim": candidate.num_kv_heads * candidate.head_dim}  # fmt: skip
         multiple = self.size_multiple
-        return found + [f"{name}={size} is not a multiple of {multiple}" for name, size in widths.items() if size % multiple]
-
+        found += [f"{name}={size} is not a multiple of {multiple}" for name, size in widths.items() if size % multiple]
+        return found + experts.violations(candidate, multiple)
 
 
 def single_changes(
     candidate: Candidate, choices: Mapping[str, tuple[int, ...]], allowed: Sequence[AttentionKind]
 ) -> Iterator[Candidate]:
-    """What is one change away, filters aside: a number's next value, a layer of another kind, a layer more or less."""
+    """What is one change away, filters aside: a number's next value, a layer of another kind, a layer more or less.
+
+    What is idle is no change; where it comes into use it may be anything.
+    """
     kinds = candidate.attention
-    for name in NUMBERS:
+    for name in SIZES if candidate.experts == 1 else NUMBERS:
         values = choices[name]
         at = values.index(getattr(candidate, name))
         for other in (*values[max(0, at - 1) : at], *values[at + 1 : at + 2]):
@@ -108,6 +120,9 @@ def single_changes(
                     for kind in allowed:
                         more = (kind,) * (other - candidate.num_layers)
                         yield replace(candidate, num_layers=other, attention=kinds[:i] + more + kinds[i:])
+    if candidate.experts == 1:
+        for more_of, granularity, shared in itertools.product(choices["experts"][1:2], *(choices[n] for n in experts.IDLE)):
+            yield replace(candidate, experts=more_of, granularity=granularity, shared_experts=shared)
     for i, kind in itertools.product(range(len(kinds)), allowed):
         yield replace(candidate, attention=(*kinds[:i], kind, *kinds[i + 1 :]))
 
@@ -124,8 +139,9 @@ def check_choices(choices: Mapping[str, tuple[int, ...]]) -> None:
             raise ValueError(f"space.{name} is missing; give the list of what it may be")
         if not values:
             raise ValueError(f"space.{name} is empty; give at least one value")
-        if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 1]:
-            raise ValueError(f"space.{name} holds {wrong[0]!r}; expected whole numbers of at least 1")
+        least = min(1, DEFAULTS.get(name, 1))
+        if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < least]:
+            raise ValueError(f"space.{name} holds {wrong[0]!r}; expected whole numbers of at least {least}")
         if list(values) != sorted(set(values)):
             raise ValueError(f"space.{name}={list(values)} must ascend, each value once")
 

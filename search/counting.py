@@ -10,6 +10,7 @@ from functools import cached_property
 
 from modeling.config import AttentionKind, ModelConfig
 from search.candidate import NUMBERS, Candidate, Limits
+from search.experts import IDLE
 from search.patterns import PatternCounts
 
 
@@ -27,8 +28,10 @@ class Counting:
         return sum(count for _, count in self.feasible_numbers)
 
     def sample(self, draw: random.Random) -> Candidate:
-        """Sizes uniform over the feasible ones, then the pattern uniform over theirs."""
-        numbers, _ = draw.choice(self.feasible_numbers)
+        """Sizes uniform over the feasible ones, then the pattern uniform over theirs. The number of experts comes first: else
+        hardly a model were dense, since mixtures have two dimensions more."""
+        groups = self._by_experts
+        numbers, _ = draw.choice(groups[0] if len(groups) == 1 else draw.choice(groups))
         patterns = self._patterns(numbers)
         allowed = self._allowed_counts(numbers)
         wanted = draw.choices([pair for pair, _ in allowed], [ways for _, ways in allowed])[0]
@@ -57,11 +60,20 @@ class Counting:
         found = []
         for values in itertools.product(*(self.choices[name] for name in NUMBERS)):
             numbers = Candidate(**dict(zip(NUMBERS, values, strict=True)), attention=())
+            if numbers.experts == 1 and any(getattr(numbers, name) != self.choices[name][0] for name in IDLE):
+                continue  # the same dense model as with the first values
             if self.limits.number_violations(numbers):
                 continue
             if ways := self._count_patterns(numbers):
                 found.append((numbers, ways))
         return found
+
+    @cached_property
+    def _by_experts(self) -> list[list[tuple[Candidate, int]]]:
+        groups: dict[int, list[tuple[Candidate, int]]] = {}
+        for item in self.feasible_numbers:
+            groups.setdefault(item[0].experts, []).append(item)
+        return list(groups.values())
 
     def _count_patterns(self, numbers: Candidate) -> int:
         counts = self._patterns(numbers).by_counts(numbers.num_layers)

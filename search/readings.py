@@ -224,10 +224,12 @@ def _report(readings: Readings, name: str, model: LatencyModel, bought: int) -> 
 
 
 def _worth_most(model: Any, space: Space, pool: list[Candidate], count: int, seed: int, limit: float | None) -> list[Candidate]:
-    """Quality is not known yet; more parameters stand for it, with a wide uncertainty."""
+    """Quality is not known yet; more parameters stand for it, with a wide uncertainty. Of a mixture these are the geometric
+    mean of all and those in use."""
     from search.latency.acquire import choose_readings
 
     configs = [space.to_config(candidate) for candidate in pool]
-    loss = -np.log([float(config.num_params()) for config in configs])
+    sizes = np.log([[float(config.num_params()), float(config.num_active_params())] for config in configs])
+    loss = -0.5 * (sizes[:, 0] + sizes[:, 1])
     picked = choose_readings(model, configs, loss, 0.3, count, seed=seed, latency_limit=limit)
     return [pool[i] for i in picked]

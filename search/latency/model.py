@@ -42,6 +42,7 @@ class LatencyModel:
         self.band = 1.0
         """What the deviations are multiplied by, so that 95 % bands hold 95 % of held-out readings."""
         self._configs = [reading.config for reading in readings]
+        self._mixtures = any(config.moe is not None for config in self._configs)
         self._values = np.array([reading.value for reading in readings])
         self._features = self._table(self._configs)
         self._units = np.maximum(self._features.max(axis=0), 1e-12)
@@ -111,7 +112,7 @@ class LatencyModel:
     # --- fitting ---
 
     def _table(self, configs: Sequence[ModelConfig]) -> Array:
-        return feature_table(configs, self.key.metric, self.key.context, self.key.threads)
+        return feature_table(configs, self.key.metric, self.key.context, self.key.threads, mixtures=self._mixtures)
 
     def _flag_outliers(self) -> NDArray[np.bool_]:
         """Readings far off the robust sum get the variance of their distance: kept, but without weight.

@@ -54,6 +54,7 @@ class Encoder:
         slots = {i for group in self.slot_groups for i in group}
         self.numeric = [i for i, name in enumerate(self.names)
                         if i not in slots and all(is_number(value) for value in domain.choices[name])]  # fmt: skip
+        self._positive = np.array([min(domain.choices[self.names[i]]) > 0 for i in self.numeric], dtype=bool)
         self.categories = [i for i in range(len(self.names)) if i not in slots and i not in self.numeric]
         draw = np.random.default_rng(seed)
         self._active = [find_idle(domain, self.decode, group, self.numeric, draw) for group in self.slot_groups]
@@ -105,7 +106,8 @@ class Encoder:
     def table(self, codes: Codes) -> Table:
         """All features of masked codes."""
         numbers = self._numbers(codes)
-        logs = np.log(numbers) if (numbers > 0).all() else numbers
+        # By a size's values, not by these candidates': the same column means the same in every table.
+        logs = np.where(self._positive, np.log(np.where(self._positive, numbers, 1.0)), numbers)
         counts, runs, slots = self._slot_features(codes)
         kinds = _columns([np.eye(self.sizes[i])[codes[:, i]] for i in self.categories], len(codes))
         levels = _columns([np.eye(self.sizes[i])[codes[:, i]] for i in self.numeric], len(codes))

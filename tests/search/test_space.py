@@ -145,7 +145,7 @@ def test_plain_description_survives_toml_and_json() -> None:
     ({"hidden_size": 64}, r"space.hidden_size=64 is not a list"),
     ({"hidden_size": [96, 64]}, r"must ascend"),
     ({"hidden_size": [64, "96"]}, r"holds '96'; expected whole numbers"),
-    ({"experts": [4]}, r"space.experts: no such dimension"),
+    ({"colours": [4]}, r"space.colours: no such dimension"),
     ({"fixed": {"vocab_size": 8, "colour": 1}}, r"space.fixed.colour: no such field"),
     ({"fixed": {}}, r"lacks vocab_size"),
     ({"limits": {"memory": 3}}, r"space.limits.memory: no such limit"),
