@@ -32,7 +32,7 @@ def moe_search() -> SweepRecipe:
         space={"num_layers": [3, 4, 6, 8], "hidden_size": [64, 96, 128], "ffn_size": [128, 256, 384], "num_heads": [2],
                "num_kv_heads": [1], "experts": [1, 2, 4, 8], "granularity": [1, 2, 4], "shared_experts": [0, 1, 2],
                "attention": ["full", "window"]},
-        goal=GoalConfig(ttft_ms=8.0, loss=7.0),
+        goal=GoalConfig(ttft_ms=3.5, loss=7.0),
         quality=QualityConfig(source="scratch", budget_tokens=102_400, processes=2),
         device=DeviceConfig(prompt_tokens=192, decode_tokens=16, readings=40, more=10, max_readings=100, min_repeats=20,
                             max_repeats=80, warmup=10, processor_time=True, drift=0.2, cool_s=5.0),
