@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def command(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
+    if not os.environ.get("POCKETFORGE_SLOW_TESTS"):
+        pytest.skip("a whole search over mixtures takes two minutes; POCKETFORGE_SLOW_TESTS=1 runs it")
     folder = tmp_path_factory.mktemp("mixtures")
     options = ("--output-dir", folder / "s", "--recipe.tracking.wandb", "disabled")
     done = command("--recipe", "smoke_moe_search", *options, cwd=folder)
