@@ -115,12 +115,16 @@ class ModelConfig:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """From what JSON or TOML made of one: lists are tuples again. Raises TypeError for unknown fields."""
+        """From what JSON or TOML made of one: lists are tuples again. Raises TypeError for unknown fields, or no table."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a model is a table of sizes; found {type(values).__name__}")
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        if isinstance(fields.get("moe"), Mapping):
-            fields["moe"] = MoEConfig.from_plain(fields["moe"])
-        if isinstance(fields.get("rope_scaling"), Mapping):
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        for name, kind in (("moe", MoEConfig), ("rope_scaling", RopeScaling)):
+            part = fields.get(name)
+            if isinstance(part, Mapping):
+                fields[name] = kind(**part)
+            elif part is not None:
+                raise TypeError(f"model.{name}={part!r}; expected a table or nothing")
         return cls(**fields)
 
     @property

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -46,11 +45,6 @@ class MoEConfig:
         if self.top_k > self.num_experts:
             raise ValueError(f"model.moe.top_k={self.top_k} is more than model.moe.num_experts={self.num_experts}; "
                              "a token cannot use more experts than there are")
-
-    @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> MoEConfig:
-        """From what JSON or TOML made of one. Raises TypeError for unknown fields."""
-        return cls(**values)
 
     @property
     def active_size(self) -> int:

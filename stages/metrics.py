@@ -131,6 +131,7 @@ class WandbLog:
             folder = Path(self._settings["dir"])
             folder.mkdir(parents=True, exist_ok=True)
             held = held_steps(folder, self._settings["id"])
+            _wait_for_a_new_second(folder)
             quiet = wandb.Settings(console="off", x_disable_stats=True, init_timeout=60)
             run = wandb.init(**self._settings, settings=quiet, reinit="create_new")
             for names, axis in self._axes.items():
@@ -153,6 +154,13 @@ class WandbLog:
         until = time.monotonic() + WRITTEN_S
         while step and step not in held_steps(folder, self._settings["id"]) and time.monotonic() < until:
             time.sleep(0.02)
+
+
+def _wait_for_a_new_second(folder: Path) -> None:
+    """W&B names a start's folder by the second: a second start within it would write into the file of the first."""
+    until = time.monotonic() + 2.0
+    while list(folder.glob(f"wandb/*run-{time.strftime('%Y%m%d_%H%M%S')}-*")) and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def _run_id(folder: Path) -> str:

@@ -247,3 +247,13 @@ def test_mobilemoe_s_has_the_bytes_of_its_published_file() -> None:
     published = config.weight_bytes(4, 32) - 2 * norms + 2 * biases  # bf16 there, and the biases are in the file
     assert 713_916_240 - published == 53_232
     assert [round(family(f"mobilemoe_{size}").num_active_params() / 1e6) for size in "sml"] == [272, 528, 922]
+
+
+@pytest.mark.parametrize("values", [7, {"moe": 3}, {"moe": {"experts": 4}}, {"rope_scaling": "llama3"}])
+def test_junk_in_place_of_a_model_is_told_as_such(values: object) -> None:
+    import dataclasses
+
+    plain = values if not isinstance(values, dict) else {**dataclasses.asdict(TINY), **values}
+    with pytest.raises(TypeError):
+        ModelConfig.from_plain(plain)  # type: ignore[arg-type]
+    assert ModelConfig.from_plain(dataclasses.asdict(TINY)) == TINY

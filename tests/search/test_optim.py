@@ -158,7 +158,7 @@ def test_bad_answers_and_states_are_refused() -> None:
         search.tell(token, None)
     with pytest.raises(ValueError, match="never given out"):
         search.tell(99, None)
-    with pytest.raises(ValueError, match="expected at least 1"):
+    with pytest.raises(ValueError, match="expected a whole number of at least 1"):
         search.ask(0)
     with pytest.raises(ValueError, match="of another search: its seed is 3, expected 4"):
         make("random", seed=4).load(search.state())
