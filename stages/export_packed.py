@@ -89,8 +89,8 @@ def _check_expressible(config: ModelConfig, spec: QuantSpec) -> None:
     if config.moe is not None:
         sizes |= {"moe.expert_size": config.moe.expert_size, "moe.shared_size": config.moe.shared_size}
         if spec.expert_axis == "output" and max(config.hidden_size, config.moe.expert_size) > MOST_OUT_COLUMNS:
-            raise NotPackable(f"experts of {config.hidden_size} to {config.moe.expert_size} with groups along their outputs; the "
-                              f"runtime goes up to {MOST_OUT_COLUMNS}, train with qat.quant.expert_axis=input")
+            raise NotPackable(f"experts of {config.hidden_size} to {config.moe.expert_size} with groups along their outputs; "
+                              f"the runtime goes up to {MOST_OUT_COLUMNS}, train with qat.quant.expert_axis=input")
     for name, value in sizes.items():
         if value % GROUP:
             raise NotPackable(f"model.{name}={value} is not a multiple of {GROUP}, which the packed layout needs")
@@ -153,7 +153,8 @@ def _feed_forward(model: Decoder, index: int) -> Iterator[Callable[[], PackedTen
         axis = quantized_weights(model)[f"{name}.experts.down"].expert_axis
         for expert in range(moe.num_experts):
             for part in ("gate_up", "down"):
-                yield partial(_expert, integers, f"{name}.experts.{part}", expert, f"blocks.{index}.experts.{expert}.{part}", axis)
+                stored = f"blocks.{index}.experts.{expert}.{part}"
+                yield partial(_expert, integers, f"{name}.experts.{part}", expert, stored, axis)
     if moe is None or moe.shared_size:
         yield partial(_matrix, model, f"{name}.gate_up", [f"{dense}.{part}.weight" for part in ("gate", "up")])
         yield partial(_matrix, model, f"{name}.down", [f"{dense}.down.weight"])
