@@ -15,7 +15,6 @@ from modeling.moe_config import MoEConfig
 from quant.spec import QuantSpec
 from stages.checkpoint import resolve
 from stages.config import DistillConfig, MoETrainConfig
-from stages.errors import InputError
 from stages.export_packed import export_packed
 from stages.loading import load_model
 from stages.packed import generate_packed, load_packed
@@ -76,8 +75,11 @@ def test_the_packed_file_holds_the_integers_and_biases_that_training_saw(run: Pa
             assert bias.any() and torch.equal(bias, latent.state_dict()[f"blocks.{layer}.feed_forward.router.bias"])
 
 
-def test_groups_along_the_outputs_are_refused_by_name(run: Path, tmp_path: Path) -> None:
+def test_groups_along_the_outputs_are_packed_as_training_saw_them(run: Path, tmp_path: Path) -> None:
     first = pretrain_job(run.parent, model=TINY, output_dir=str(tmp_path / "out"))
     run_job(change(first, stage="qat", init_from=str(run / "sft"), quant=QuantSpec(expert_axis="output"), steps=1))
-    with pytest.raises(InputError, match="quantized in groups along their outputs"):
-        export_packed(resolve(tmp_path / "out"), tmp_path / "model.pocket")
+    export_packed(resolve(tmp_path / "out"), tmp_path / "model.pocket")
+    with PackedModel(tmp_path / "model.pocket") as file:
+        experts = [entry for entry in file.metadata()["tensors"] if ".experts." in entry["name"]]
+        assert experts and {entry["encoding"] for entry in experts} == {"int4_g32_out"}
+        assert np.isfinite(file.session().eval([1, 2, 3])).all()
