@@ -19,8 +19,8 @@ def linear_int4(x: Tensor, panels: Tensor, rows: int, *, by_output: bool = False
     x = _dense(x)
     k = x.shape[-1]
     out = torch.empty(*x.shape[:-1], rows)
-    encoding = 2 if by_output else 0
-    _check(library().pf_op_linear(encoding, panels.data_ptr(), rows, k, x.data_ptr(), x.numel() // k, out.data_ptr()))
+    count, encoding = x.numel() // k, 2 if by_output else 0
+    _check(library().pf_op_linear(encoding, panels.data_ptr(), rows, k, x.data_ptr(), count, out.data_ptr()))
     return out
 
 

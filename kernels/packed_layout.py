@@ -68,8 +68,8 @@ def pack_int4_out(codes: Codes, scales: NDArray[np.float16]) -> Bytes:
     rows, k = _checked(codes, GROUP)
     if rows % GROUP or scales.shape != (rows // GROUP, k):
         raise ValueError(f"scales {scales.shape} for codes {codes.shape}; expected one for each column and {GROUP} rows")
-    none = np.zeros((rows, k // GROUP), np.float16)
-    panels = pack_int4(codes, none).reshape(rows // PANEL, -1)[:, _scale_bytes(k // GROUP) :]
+    panels = pack_int4(codes, np.zeros((rows, k // GROUP), np.float16)).reshape(rows // PANEL, -1)
+    panels = panels[:, _scale_bytes(k // GROUP) :]
     lines = np.ascontiguousarray(scales.astype("<f2")).view(np.uint8).reshape(rows // GROUP, 2 * k)
     return np.concatenate((lines, panels.reshape(rows // GROUP, -1)), axis=1).reshape(-1)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from modeling.config import ModelConfig
 from modeling.moe_config import MoEConfig
+from quant.spec import QuantSpec
 from tests.helpers.packed_models import packed
 
 TINY: dict[str, Any] = dict(vocab_size=17, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=32,
@@ -26,9 +27,11 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 def make(folder: Path) -> None:
     """One file a variant; every second one with an INT8 embedding."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index, extra in enumerate(VARIANTS):
+    variants = [(extra, QuantSpec()) for extra in VARIANTS] + [(VARIANTS[-2], QuantSpec(expert_axis="output"))]
+    for index, (extra, spec) in enumerate(variants):
         with tempfile.TemporaryDirectory() as scratch:
-            _, path = packed(ModelConfig(**{**TINY, **extra}), Path(scratch), embedding="int8" if index % 2 else "int4")
+            config = ModelConfig(**{**TINY, **extra})
+            _, path = packed(config, Path(scratch), spec=spec, embedding="int8" if index % 2 else "int4")
             (folder / f"{index}.pocket").write_bytes(path.read_bytes())
 
 

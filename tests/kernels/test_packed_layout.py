@@ -36,6 +36,28 @@ def test_every_int4_code_and_scale_lies_where_the_format_says(rows, k):
             assert scale == (scales[row, group] if row < rows else 0)
 
 
+@pytest.mark.parametrize(("rows", "k"), [(32, 32), (64, 96), (96, 160)])
+def test_groups_along_the_outputs_lie_where_the_format_says_and_come_back(rows, k):
+    generator = np.random.default_rng(0)
+    codes = generator.integers(-8, 8, (rows, k), dtype=np.int8)
+    scales = generator.random((rows // 32, k)).astype(np.float16)
+    packed = layout.pack_int4_out(codes, scales)
+    pair_bytes = 2 * k + 16 * k
+    assert packed.nbytes == rows // 32 * pair_bytes and packed.nbytes % 64 == 0
+    for row in range(rows):
+        pair = packed[row // 32 * pair_bytes :][:pair_bytes]
+        panel = pair[2 * k + row % 32 // 16 * 8 * k :]
+        for column in range(k):
+            group, within = divmod(column, 32)
+            byte = panel[group * 256 + within // 8 * 64 + 4 * (row % 16) + within % 4]
+            assert int(byte >> 4 if within % 8 >= 4 else byte & 15) - 8 == codes[row, column]
+    assert np.array_equal(packed.reshape(-1, pair_bytes)[:, : 2 * k].reshape(-1).view("<f2").reshape(scales.shape), scales)
+    for ours, back in zip((codes, scales), layout.unpack_int4_out(packed, rows, k), strict=True):
+        assert np.array_equal(ours, back)
+    with pytest.raises(ValueError, match="expected one for each column"):
+        layout.pack_int4_out(codes[:16], scales)
+
+
 @pytest.mark.parametrize(("rows", "k"), SHAPES)
 def test_int4_comes_back(rows, k):
     codes, scales = int4_matrix(rows, k)

@@ -9,6 +9,7 @@ import pytest
 
 from kernels.packed_file import HEADER
 from kernels.runtime import PackedModel, PackedModelError
+from quant.spec import QuantSpec
 from tests.helpers.damage import checksum, model_field, replay_mutations, with_metadata
 from tests.helpers.packed_models import mixture, packed
 
@@ -19,6 +20,12 @@ MOE = dict(num_experts=3, top_k=2, expert_size=32, shared_size=64, score="sigmoi
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     return packed(mixture(layers=2, **MOE), tmp_path_factory.mktemp("good"))[1].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def by_output(tmp_path_factory):
+    spec = QuantSpec(expert_axis="output")
+    return packed(mixture(layers=2, **MOE), tmp_path_factory.mktemp("by_output"), spec=spec)[1].read_bytes()
 
 
 def field(name, value):
@@ -111,6 +118,20 @@ def test_damage_is_refused_by_name(good, tmp_path, name):
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
 
 
+@pytest.mark.parametrize("name, change, words", [
+    ("blocks.1.feed_forward.down", {"encoding": "int4_g32_out"}, "int4_g32_out is for routed experts"),
+    ("blocks.1.experts.1.gate_up", {"encoding": "int4_g32"}, "some experts are int4_g32_out, and some are not"),
+    ("blocks.1.experts.0.gate_up", {"shape": [48, 64]}, "takes a multiple of 32"),
+    ("blocks.1.experts.0.gate_up", {"shape": [32, 32768]}, "of at most 16384"),
+    ("blocks.1.experts.0.gate_up", {"shape": [96, 64]}, "bytes"),
+])  # fmt: skip
+def test_damage_to_groups_along_the_outputs_is_refused_by_name(by_output, tmp_path, name, change, words):
+    path = tmp_path / "model.pocket"
+    path.write_bytes(tensor(name, lambda entry: [entry | change])(by_output))
+    with pytest.raises(PackedModelError, match=words):
+        PackedModel(path)
+
+
 @pytest.mark.parametrize("fields", [{"top_k": 3}, {"score": "softmax"}, {"normalize": False}, {"route_scale": 2.5}])
 def test_what_the_tensors_allow_is_read(good, tmp_path, fields):
     path = tmp_path / "model.pocket"
@@ -129,6 +150,7 @@ def test_a_row_that_is_no_number_has_experts_that_exist(good, tmp_path):
         assert session.experts().hits.sum() == 6
 
 
-def test_mutated_files_never_crash_the_loader(good, tmp_path):
-    counts = replay_mutations(good, tmp_path)
+@pytest.mark.parametrize("kind", ["good", "by_output"])
+def test_mutated_files_never_crash_the_loader(kind, request, tmp_path):
+    counts = replay_mutations(request.getfixturevalue(kind), tmp_path)
     assert counts["silent"] == 0 and counts["refused"] > 100 and counts["computed"] > 20
