@@ -36,7 +36,7 @@ TESTS = ("tests/kernels/test_runtime_moe.py", "tests/kernels/test_check.py", "te
 PROMPTS = (128, 512)
 DENSE = "mobilellm_pro_1b"
 # (key, contender) -> least ratio, all to be met at every length of prompt
-AIMS = {("prefill", "llama.cpp"): 4.5, ("decode", "llama.cpp"): 1.25, ("prefill", DENSE): 1.8, ("decode", DENSE): 2.2}
+AIMS = {("prefill", "llama.cpp"): 4.5, ("decode", "llama.cpp"): 1.5, ("prefill", DENSE): 1.8, ("decode", DENSE): 2.2}
 BANDWIDTH_AIM = 0.7
 
 
