@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,15 +179,11 @@ def _experts(values: Any) -> Numbers:
     if not isinstance(said, dict):
         return {}
     found = {}
-    for name, summary in (("load_max", max), ("load_min", min), ("dropped", _mean)):
+    for name, summary in (("load_max", max), ("load_min", min), ("dropped", statistics.fmean)):
         layers = said.get(name)
         if isinstance(layers, list) and layers and all(isinstance(one, int | float) and math.isfinite(one) for one in layers):
             found[f"experts_{name}"] = float(summary(layers))
     return found
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _read_samples(path: Path, notes: list[str]) -> list[dict[str, str]]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from data_pipeline.config import HeldOutConfig, SourceConfig, TokenizerConfig
 from data_pipeline.tokenizer import Tokenizer
 from modeling.config import ModelConfig
+from modeling.decoder import Decoder
 from modeling.moe_config import MoEConfig
+from quant.apply import prepare
 from quant.spec import QuantSpec
 from stages.checkpoint import committed, latest, read_document, resolve
 from stages.config import STAGES, CheckpointConfig, ParallelConfig, StageConfig, StageName, TrainConfig
@@ -94,7 +98,7 @@ class Start:
 
 
 def check_job(job: StageJob, process: Process) -> None:
-    """Raises InputError for what can be seen without reading data or weights."""
+    """Raises InputError, or QuantError, for what can be seen without reading data or weights."""
     config, name = job.config, job.stage
     KINDS[name].check(config, job.init_from)
     check_world(job.parallel, process.world)
@@ -107,8 +111,11 @@ def check_job(job: StageJob, process: Process) -> None:
         raise InputError(f"train.log_every={job.train.log_every}; expected at least 1")
     if job.parallel.expert > 1:
         check_world(job.parallel, process.world, job.model)
-    stage_model(config, replace(job.model, max_positions=max(job.model.max_positions, config.max_positions or 0,
-                                                             0 if job.init_from is None else config.seq_len)), name)
+    model = stage_model(config, replace(job.model, max_positions=max(job.model.max_positions, config.max_positions or 0,
+                                                                     0 if job.init_from is None else config.seq_len)), name)
+    if config.quant is not None:
+        with torch.device("meta"):
+            prepare(Decoder(model), config.quant)  # QuantError where groups do not fit, before the first stage
 
 
 def find_start(job: StageJob, process: Process) -> Start:

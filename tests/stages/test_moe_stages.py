@@ -12,11 +12,14 @@ import torch
 from kernels.runtime import PackedModel
 from modeling.generate import generate
 from modeling.moe_config import MoEConfig
+from quant.primitives import QuantError
 from quant.spec import QuantSpec
 from stages.config import DistillConfig, MoETrainConfig
+from stages.distributed import Process
 from stages.export_packed import export_packed
 from stages.loading import load_model
 from stages.packed import generate_packed, load_packed
+from stages.run import run_stages
 from tests.helpers.stage_jobs import MODEL, change, chat_data, pretrain_job, read_metrics, run_job
 
 MOE = MoEConfig(num_experts=12, top_k=3, expert_size=32, shared_size=64, route_scale=2.5)
@@ -84,3 +87,11 @@ def test_groups_along_the_outputs_are_packed_and_say_the_same(run: Path, tmp_pat
         logits = loaded.model(tokens[None])[0]
     ours = torch.from_numpy(file.session(40).eval(tokens.tolist(), all_logits=True))
     assert (ours - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
+def test_experts_that_no_group_fits_are_told_before_the_first_stage(tmp_path: Path) -> None:
+    first = pretrain_job(tmp_path, model=replace(TINY, moe=replace(MOE, expert_size=50)), steps=1)
+    last = change(first, stage="qat", init_from=str(tmp_path / "run" / "pretrain"), quant=QuantSpec())
+    with pytest.raises(QuantError, match="experts.down has rows of 50 weights"):
+        run_stages([first, last], Process())
+    assert not (tmp_path / "run" / "pretrain").exists()
