@@ -11,15 +11,11 @@ from typing import Any
 import numpy as np
 
 
-def write_gguf(config: Any, path: Path) -> None:
-    """Llama's architecture, every matrix Q4_0, no vocabulary. Shared blocks are unrolled. Needs the `gguf` package."""
-    import gguf
-
-    draw = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(str(path), "llama")
+def add_sizes(writer: Any, config: Any, blocks: int) -> None:
+    """What every architecture of llama.cpp is told."""
     writer.add_context_length(max(config.max_positions, 16384))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_executed_layers)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(config.ffn_size)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
@@ -28,6 +24,15 @@ def write_gguf(config: Any, path: Path) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
+
+
+def write_gguf(config: Any, path: Path) -> None:
+    """Llama's architecture, every matrix Q4_0, no vocabulary. Shared blocks are unrolled. Needs the `gguf` package."""
+    import gguf
+
+    draw = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    add_sizes(writer, config, config.num_executed_layers)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
     writer.add_file_type(2)

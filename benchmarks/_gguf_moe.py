@@ -16,6 +16,10 @@ from typing import Any
 
 import numpy as np
 
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks._gguf import add_sizes  # noqa: E402
+
 ARCHITECTURE = "glm4moe"
 
 
@@ -61,17 +65,7 @@ def write_gguf(config: Any, path: Path) -> None:
 
 def _describe(writer: Any, config: Any, gguf: Any) -> None:
     moe = config.moe
-    writer.add_context_length(max(config.max_positions, 16384))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.ffn_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
+    add_sizes(writer, config, config.num_layers)
     writer.add_expert_count(moe["num_experts"])
     writer.add_expert_used_count(moe["top_k"])
     writer.add_expert_shared_count(moe["shared_size"] // moe["expert_size"])

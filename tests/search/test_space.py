@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import tomllib
@@ -14,6 +13,7 @@ import tomli_w
 
 from modeling.config import ModelConfig
 from search.space import KINDS, NUMBERS, Candidate, Limits, Space
+from tests.helpers.spaces import everything
 
 FIXED = {"vocab_size": 512, "max_positions": 256, "window": 64}
 
@@ -24,15 +24,6 @@ def small(**changes: object) -> Space:
         "num_kv_heads": [1, 2], "head_dim": [32], "block_repeat": [1, 2], "fixed": FIXED, "limits": {"context": 128},
     }  # fmt: skip
     return Space.from_dict({**described, **changes})
-
-
-def everything(space: Space) -> list[Candidate]:
-    """Every candidate, filters or not."""
-    return [
-        Candidate(**dict(zip(NUMBERS, values, strict=True)), attention=kinds)
-        for values in itertools.product(*(space.choices[name] for name in NUMBERS))
-        for kinds in itertools.product(space.attention, repeat=values[NUMBERS.index("num_layers")])
-    ]
 
 
 @pytest.mark.parametrize("changes", [

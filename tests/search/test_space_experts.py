@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import tomllib
@@ -15,6 +14,7 @@ from modeling.config import ModelConfig
 from modeling.families import FAMILIES
 from modeling.moe_config import MoEConfig
 from search.space import NUMBERS, Candidate, Space
+from tests.helpers.spaces import everything
 
 FIXED = {"vocab_size": 512, "max_positions": 256, "window": 64}
 DENSE = Candidate(num_layers=2, hidden_size=64, ffn_size=256, num_heads=2, num_kv_heads=1, head_dim=32,
@@ -29,15 +29,6 @@ def small(**changes: object) -> Space:
         "limits": {"context": 128},
     }  # fmt: skip
     return Space.from_dict({**described, **changes})
-
-
-def everything(space: Space) -> list[Candidate]:
-    """Every candidate, filters or not, a dense one for each of its idle values."""
-    return [
-        Candidate(**dict(zip(NUMBERS, values, strict=True)), attention=kinds)
-        for values in itertools.product(*(space.choices[name] for name in NUMBERS))
-        for kinds in itertools.product(space.attention, repeat=values[NUMBERS.index("num_layers")])
-    ]
 
 
 @pytest.mark.parametrize("changes", [
